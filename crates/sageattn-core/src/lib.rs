@@ -1,0 +1,16 @@
+mod backend;
+mod error;
+mod groups;
+mod host;
+pub mod metrics;
+mod problem;
+mod recipe;
+pub mod scratch;
+mod tensor;
+pub use backend::*;
+pub use error::*;
+pub use groups::*;
+pub use host::*;
+pub use problem::*;
+pub use recipe::*;
+pub use tensor::*;
