@@ -22,9 +22,15 @@ pub fn encode(value: f32) -> u8 {
     let exponent = exponent.max(-6);
     let ulp = f32::from_bits(((exponent - 3 + 127) as u32) << 23);
     // A power of two divides exactly, so the only rounding is the one intended.
-    let steps = (magnitude / ulp).round_ties_even() as i32;
     // `steps` counts 8 to 15 in a normal binade; 16 carries into the next exponent by itself.
-    sign | (((exponent + 6) * 8 + steps) as u8)
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "at most 16 steps, 15 exponents"
+    )]
+    {
+        let steps = (magnitude / ulp).round_ties_even() as i32;
+        sign | (((exponent + 6) * 8 + steps) as u8)
+    }
 }
 
 /// The value of a code.

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::exact::dot;
 use super::quantize::{self, VOperand};
-use super::{e4m3, exact, for_all_rows, kv_head};
+use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
 use crate::{HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Rounding, SmoothQ};
 
 /// The exponent offset of e4m3 P: `2^8 = 256` is a power of two, so it scales without rounding, and
@@ -186,7 +186,7 @@ impl<'a> Prepared<'a> {
         // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
         let query = &self.tensors[0][(head * self.problem.shape().q_len + row) * head_dim..];
         let offset = &self.keys[kv_head].means;
-        let correction = dot(&query[..head_dim], offset) as f32 * self.problem.softmax_scale();
+        let correction = to_f32(dot(&query[..head_dim], offset)) * self.problem.softmax_scale();
         softmax.lse() + correction
     }
 
@@ -197,7 +197,7 @@ impl<'a> Prepared<'a> {
         let (q, k) = (&self.queries[head], &self.keys[kv_head]);
         let groups = match self.recipe.qk {
             QkQuant::None => {
-                return dot(q.row(row, head_dim), k.row(key, head_dim)) as f32 * scale_log2;
+                return to_f32(dot(q.row(row, head_dim), k.row(key, head_dim))) * scale_log2;
             }
             QkQuant::Int8(groups) | QkQuant::Int4(groups, _) => groups,
         };
@@ -212,7 +212,7 @@ impl<'a> Prepared<'a> {
         match self.recipe.qk {
             QkQuant::Int4(_, SmoothQ::BlockMean) => {
                 let mean = &q.means[row / SmoothQ::BLOCK * head_dim..][..head_dim];
-                score + dot(mean, k.row(key, head_dim)) as f32 * scale_log2
+                score + to_f32(dot(mean, k.row(key, head_dim))) * scale_log2
             }
             _ => score,
         }
@@ -339,9 +339,5 @@ fn tiles(visible: usize, rounding: &Rounding) -> impl Iterator<Item = std::ops::
 }
 
 fn narrow(values: &[f64]) -> Vec<f32> {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "rounding to f32 is the point"
-    )]
-    values.iter().map(|&x| x as f32).collect()
+    values.iter().copied().map(to_f32).collect()
 }

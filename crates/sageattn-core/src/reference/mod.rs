@@ -52,3 +52,11 @@ fn kv_head(problem: &Problem, head: usize) -> usize {
     // q_heads is a multiple of kv_heads, so batches divide evenly as well.
     head / problem.shape().heads_per_kv()
 }
+
+/// Rounds to f32, which is what a kernel stores.
+fn to_f32(x: f64) -> f32 {
+    #[expect(clippy::cast_possible_truncation, reason = "rounding is the point")]
+    {
+        x as f32
+    }
+}

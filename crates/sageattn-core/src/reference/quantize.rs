@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::e4m3;
+use super::{e4m3, to_f32};
 use crate::{DType, Groups, Smooth};
 
 /// A group whose largest magnitude is below this counts as zero: scale 1, codes 0. Its reciprocal
@@ -66,7 +66,7 @@ pub fn mean_of_rows(
             *sum += f64::from(x);
         }
     }
-    sums.into_iter().map(|sum| (sum / count) as f32).collect()
+    sums.into_iter().map(|sum| to_f32(sum / count)).collect()
 }
 
 /// Every row less `offset`, in f32.
