@@ -138,27 +138,68 @@ pub enum KeyOrder {
 }
 
 /// The choices that a recipe leaves to a kernel and that still show in the last bits of P: online
-/// softmax rounds P against the maximum seen so far.
+/// softmax rounds P against a reference that only the end of the row knows best.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rounding {
     /// Keys per step of the online softmax.
     pub key_tile: usize,
     /// The order of the tiles.
     pub key_order: KeyOrder,
-    /// How far, in log2 units, a row's scores may rise above the maximum in use before it is raised.
-    /// Zero: it follows at once. Exact either way; only P's rounding sees it.
-    pub stale_max: f32,
+    /// What P is relative to. Exact either way; only P's rounding sees it.
+    pub reference: Reference,
+    /// What O is divided by.
+    pub divisor: Divisor,
 }
 
 impl Rounding {
-    /// The recipe's own tile, ascending, the maximum never stale.
+    /// The recipe's own tile, ascending, the maximum never stale, O divided by the rounded P.
     pub const fn of(recipe: &Recipe) -> Self {
         Self {
             key_tile: recipe.key_tile(),
             key_order: KeyOrder::Ascending,
-            stale_max: 0.0,
+            reference: Reference::Maximum { stale: 0.0 },
+            divisor: Divisor::RoundedP,
         }
     }
+}
+
+/// The score, in log2 units, that a row's P are relative to, and when it moves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reference {
+    /// The running maximum.
+    Maximum {
+        /// How far a row's scores may rise above the maximum in use before it is raised. Zero: it
+        /// follows at once.
+        stale: f32,
+    },
+    /// For e4m3 P, whose relative precision does not depend on its size: `P = 2^(s - reference)`,
+    /// the reference first `start` below the maximum of the row's first tile. It stays while within
+    /// each tile the P of keys with equal `(key % 8) / 2`, which one thread of a tensor-core kernel
+    /// holds, sum to at most `limit`: no P exceeds it then. Otherwise, and when a row meets its first
+    /// key, all rows of a block of `rows` move to `start` below their maximum in this tile where
+    /// that is higher. Rows past the last query count as rows of zero scores.
+    ///
+    /// [`faithful`](crate::reference::faithful) scales the integers of other recipes itself, so it
+    /// takes this for e4m3 only.
+    Sum {
+        /// log2 of the largest P when the reference is set.
+        start: f32,
+        /// The largest sum of P.
+        limit: f32,
+        /// Rows that move together.
+        rows: usize,
+    },
+}
+
+/// The sum of P that O is divided by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Divisor {
+    /// Of P as it is multiplied, so that the weights of a row sum to one.
+    #[default]
+    RoundedP,
+    /// Of P before rounding, as FlashAttention-style kernels that keep the sum beside the
+    /// exponentials have it.
+    UnroundedP,
 }
 
 /// How long the stages of one run took.

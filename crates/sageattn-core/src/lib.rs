@@ -46,8 +46,8 @@ pub mod scratch;
 mod tensor;
 
 pub use backend::{
-    Backend, Clock, Description, DeviceInfo, DeviceKind, Io, KeyOrder, Plan, Profile, Rounding,
-    choose,
+    Backend, Clock, Description, DeviceInfo, DeviceKind, Divisor, Io, KeyOrder, Plan, Profile,
+    Reference, Rounding, choose,
 };
 pub use cpu::Cpu;
 pub use error::{Error, Unsupported};

@@ -5,10 +5,10 @@
 //!
 //! ```text
 //! s_j = c (q_codes . k_codes_j)        c = softmax_scale * log2(e) * q_scale * k_scale_j
-//! m'  = max(m, max_j s_j)              kept at m while no score exceeds it by more than the threshold
+//! m'  = max(m, max_j s_j)              or kept at m: see Reference
 //! a   = 2^(m - m')
 //! p_j = round(2^(s_j - m'))            f16, e4m3 or integers, each recipe its own rounding
-//! l   = a l + sum_j p_j                of the rounded p: what O is divided by
+//! l   = a l + sum_j p_j                of the rounded p or not: see Divisor
 //! O   = a O + sum_j p_j v_j
 //! ```
 //!
@@ -21,8 +21,11 @@ use rayon::prelude::*;
 
 use super::exact::dot;
 use super::quantize::{self, VOperand};
-use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
-use crate::{HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Rounding, SmoothQ};
+use super::{e4m3, exact, for_all_blocks, kv_head, to_f32};
+use crate::{
+    Divisor, HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Reference, Rounding,
+    SmoothQ,
+};
 
 /// The exponent offset of e4m3 P: `2^8 = 256` is a power of two, so it scales without rounding, and
 /// stays below e4m3's 448.
@@ -158,8 +161,8 @@ impl<'a> Prepared<'a> {
             let exact = exact::attend(&self.problem, self.tensors);
             (narrow(&exact.out), narrow(&exact.lse))
         } else {
-            for_all_rows(&self.problem, |head, row, out| {
-                self.attend_row(rounding, head, row, out)
+            for_all_blocks(&self.problem, rounding.rows(), |head, row, out, lse| {
+                self.attend_block(rounding, head, row, out, lse);
             })
         };
         HostOutput {
@@ -168,26 +171,55 @@ impl<'a> Prepared<'a> {
         }
     }
 
-    fn attend_row(&self, rounding: &Rounding, head: usize, row: usize, out: &mut [f32]) -> f32 {
+    /// The rows from `first` on whose references move together.
+    fn attend_block(
+        &self,
+        rounding: &Rounding,
+        head: usize,
+        first: usize,
+        out: &mut [f32],
+        lse: &mut [f32],
+    ) {
         let head_dim = self.problem.shape().head_dim;
         let kv_head = kv_head(&self.problem, head);
         let values = &self.values[kv_head];
-        let mut softmax = OnlineSoftmax::new(head_dim);
-        let mut scores = Vec::with_capacity(rounding.key_tile);
+        let mut rows: Vec<OnlineSoftmax> = (0..rounding.rows())
+            .map(|_| OnlineSoftmax::new(head_dim, rounding))
+            .collect();
+        let visible = |index: usize| self.problem.visible_keys(first + index);
+        let most = (0..rows.len()).map(visible).max().unwrap_or(0);
 
-        for keys in tiles(self.problem.visible_keys(row), rounding) {
-            scores.clear();
-            scores.extend(keys.clone().map(|key| self.score(head, row, kv_head, key)));
-            let tile = &values.values[keys.start * head_dim..keys.end * head_dim];
-            softmax.step(&scores, tile, self.recipe.pv, rounding.stale_max);
+        for keys in tiles(most, rounding) {
+            for (index, row) in rows.iter_mut().enumerate() {
+                let seen = keys.start..keys.end.min(visible(index)).max(keys.start);
+                row.scores.clear();
+                row.scores.extend(seen.map(|key| {
+                    // A block may reach past the last query.
+                    match lse.get(index) {
+                        Some(_) => self.score(head, first + index, kv_head, key),
+                        None => 0.0,
+                    }
+                }));
+            }
+            let raise = rows.iter().any(|row| row.must_rise(rounding.reference));
+            for row in &mut rows {
+                if raise {
+                    row.raise(rounding.reference);
+                }
+                row.step(&values.values[keys.start * head_dim..], self.recipe.pv);
+            }
         }
-        softmax.finish(&values.scales, out);
 
-        // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
-        let query = &self.tensors[0][(head * self.problem.shape().q_len + row) * head_dim..];
-        let offset = &self.keys[kv_head].means;
-        let correction = to_f32(dot(&query[..head_dim], offset)) * self.problem.softmax_scale();
-        softmax.lse() + correction
+        let results = out.chunks_exact_mut(head_dim).zip(lse);
+        for (index, (row, (out, lse))) in rows.iter().zip(results).enumerate() {
+            row.finish(&values.scales, self.recipe.pv, rounding.divisor, out);
+            // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
+            let start = (head * self.problem.shape().q_len + first + index) * head_dim;
+            let query = &self.tensors[0][start..][..head_dim];
+            let offset = &self.keys[kv_head].means;
+            let correction = to_f32(dot(query, offset)) * self.problem.softmax_scale();
+            *lse = row.lse() + correction;
+        }
     }
 
     /// One score in log2 units.
@@ -245,13 +277,29 @@ impl Operand {
     }
 }
 
+impl Rounding {
+    /// Rows whose references move together.
+    fn rows(&self) -> usize {
+        match self.reference {
+            Reference::Maximum { .. } => 1,
+            Reference::Sum { rows, .. } => rows,
+        }
+    }
+}
+
 /// The running state of one row.
 struct OnlineSoftmax {
-    /// The maximum in use, log2 units.
-    max: f32,
+    /// The scores of the tile at hand.
+    scores: Vec<f32>,
+    /// The reference in use, log2 units.
+    reference: f32,
+    /// log2 of e4m3 P at the reference.
+    e4m3_exponent: f32,
+    /// What the sums and O are to be multiplied by since the reference rose.
+    keep: f32,
     /// The sum of the P that is multiplied.
     rounded_sum: f32,
-    /// The sum of P before rounding, for LSE.
+    /// The sum of P before rounding.
     sum: f32,
     /// O before division.
     out: Vec<f32>,
@@ -260,9 +308,15 @@ struct OnlineSoftmax {
 }
 
 impl OnlineSoftmax {
-    fn new(head_dim: usize) -> Self {
+    fn new(head_dim: usize, rounding: &Rounding) -> Self {
         Self {
-            max: f32::NEG_INFINITY,
+            scores: Vec::with_capacity(rounding.key_tile),
+            reference: f32::NEG_INFINITY,
+            e4m3_exponent: match rounding.reference {
+                Reference::Maximum { .. } => E4M3_P_EXPONENT,
+                Reference::Sum { .. } => 0.0,
+            },
+            keep: 1.0,
             rounded_sum: 0.0,
             sum: 0.0,
             out: vec![0.0; head_dim],
@@ -270,28 +324,58 @@ impl OnlineSoftmax {
         }
     }
 
-    /// Takes in one tile of scores and its rows of V.
-    fn step(&mut self, scores: &[f32], values: &[f32], pv: PvQuant, stale_max: f32) {
-        let tile_max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| max.max(s));
-        let (old, raised) = (self.max, tile_max > self.max + stale_max);
-        if raised {
-            self.max = tile_max;
-        }
-        let keep = if raised { (old - self.max).exp2() } else { 1.0 };
+    fn tile_max(&self) -> f32 {
+        let scores = self.scores.iter();
+        scores.fold(f32::NEG_INFINITY, |max, &s| max.max(s))
+    }
 
+    /// Whether this row's part of the tile asks for a higher reference.
+    fn must_rise(&self, rule: Reference) -> bool {
+        match rule {
+            Reference::Maximum { stale } => self.tile_max() > self.reference + stale,
+            Reference::Sum { limit, .. } => {
+                // Tiles start at a multiple of eight keys.
+                let mut sums = [0.0; 4];
+                for (key, score) in self.scores.iter().enumerate() {
+                    sums[key % 8 / 2] += (score - self.reference).exp2();
+                }
+                sums.iter().any(|&sum| sum > limit)
+            }
+        }
+    }
+
+    fn raise(&mut self, rule: Reference) {
+        let target = match rule {
+            Reference::Maximum { .. } => self.tile_max(),
+            Reference::Sum { start, .. } => self.tile_max() - start,
+        };
+        if target > self.reference {
+            self.keep = (self.reference - target).exp2();
+            self.reference = target;
+        }
+    }
+
+    /// Takes in the tile of scores and its rows of V.
+    fn step(&mut self, values: &[f32], pv: PvQuant) {
+        if self.scores.is_empty() {
+            return;
+        }
         // A dynamic scale spends all of P's 8 bits on the tile's own maximum.
         let (base, tile_weight) = match pv {
-            PvQuant::Int8Dynamic => (tile_max, (tile_max - self.max).exp2()),
-            _ => (self.max, 1.0),
+            PvQuant::Int8Dynamic => {
+                let tile_max = self.tile_max();
+                (tile_max, (tile_max - self.reference).exp2())
+            }
+            _ => (self.reference, 1.0),
         };
         self.tile.fill(0.0);
         let (mut rounded_sum, mut sum) = (0.0, 0.0);
-        for (&score, value) in scores.iter().zip(values.chunks_exact(self.tile.len())) {
+        for (&score, value) in self.scores.iter().zip(values.chunks_exact(self.tile.len())) {
             let p = (score - base).exp2();
             let rounded = match pv {
                 PvQuant::None => p,
                 PvQuant::F16 => f16::from_f32(p).to_f32(),
-                PvQuant::E4m3 => e4m3::round((score - base + E4M3_P_EXPONENT).exp2()),
+                PvQuant::E4m3 => e4m3::round((score - base + self.e4m3_exponent).exp2()),
                 PvQuant::Int8Static => (127.0 * p).round_ties_even(),
                 PvQuant::Int8Dynamic => (255.0 * p).round_ties_even(),
             };
@@ -301,6 +385,7 @@ impl OnlineSoftmax {
                 *tile += rounded * v;
             }
         }
+        let keep = std::mem::replace(&mut self.keep, 1.0);
         self.rounded_sum = self.rounded_sum * keep + rounded_sum * tile_weight;
         self.sum = self.sum * keep + sum * tile_weight;
         for (out, tile) in self.out.iter_mut().zip(&self.tile) {
@@ -309,19 +394,31 @@ impl OnlineSoftmax {
     }
 
     /// Writes `scale * O / l`, or zero when the row saw no key.
-    fn finish(&self, scales: &[f32], out: &mut [f32]) {
-        if self.max == f32::NEG_INFINITY {
+    fn finish(&self, scales: &[f32], pv: PvQuant, divisor: Divisor, out: &mut [f32]) {
+        if self.reference == f32::NEG_INFINITY {
             out.fill(0.0);
             return;
         }
+        let divisor = match divisor {
+            Divisor::RoundedP => self.rounded_sum,
+            Divisor::UnroundedP => {
+                self.sum
+                    * match pv {
+                        PvQuant::None | PvQuant::F16 => 1.0,
+                        PvQuant::E4m3 => self.e4m3_exponent.exp2(),
+                        PvQuant::Int8Static => 127.0,
+                        PvQuant::Int8Dynamic => 255.0,
+                    }
+            }
+        };
         for ((result, sum), scale) in out.iter_mut().zip(&self.out).zip(scales) {
-            *result = sum / self.rounded_sum * scale;
+            *result = sum / divisor * scale;
         }
     }
 
     /// The natural logarithm of the unrounded sum; -inf when the row saw no key.
     fn lse(&self) -> f32 {
-        (self.max + self.sum.log2()) * LN_2
+        (self.reference + self.sum.log2()) * LN_2
     }
 }
 
@@ -340,4 +437,92 @@ fn tiles(visible: usize, rounding: &Rounding) -> impl Iterator<Item = std::ops::
 
 fn narrow(values: &[f64]) -> Vec<f32> {
     values.iter().copied().map(to_f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Align, DType, Mask, Shape, metrics::Metrics};
+
+    const LAZY: Rounding = Rounding {
+        key_tile: 128,
+        key_order: KeyOrder::Descending,
+        reference: Reference::Sum {
+            start: 5.0,
+            limit: 448.0,
+            rows: 16,
+        },
+        divisor: Divisor::UnroundedP,
+    };
+
+    /// Values in [-1, 1); those of rows below `loud` eight times as large.
+    fn noise(seed: u32, rows: usize, head_dim: usize, loud: usize) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f32::from((state >> 16) as u16) / 32768.0 - 1.0
+        };
+        let gain = |row| if row < loud { 8.0 } else { 1.0 };
+        (0..rows * head_dim)
+            .map(|i| gain(i / head_dim) * next())
+            .collect()
+    }
+
+    /// The loud keys come last, so references must rise; one query has no key, the last block is
+    /// partial.
+    #[test]
+    fn a_reference_checked_by_sums_changes_rounding_only() {
+        let shape = Shape {
+            q_len: 301,
+            kv_len: 300,
+            ..Shape::mha(1, 1, 1, 32)
+        };
+        let problem = Problem::new(shape, DType::F32).unwrap();
+        let problem = problem
+            .with_mask(Mask::Causal(Align::BottomRight))
+            .with_outputs(Outputs::OAndLse);
+        let (q, k, v) = (
+            noise(1, 301, 32, 301),
+            noise(2, 300, 32, 100),
+            noise(3, 300, 32, 0),
+        );
+        let recipe = Recipe::SAGE2_I8_F8;
+        let prepared = Prepared::new(&problem, &recipe, [&q, &k, &v]);
+        let (plain, lazy) = (
+            prepared.attend(&Rounding::of(&recipe)),
+            prepared.attend(&LAZY),
+        );
+        assert_eq!(lazy.out[..32], [0.0; 32]);
+        assert_ne!(plain.out, lazy.out);
+        let reference: Vec<f64> = exact::attend(&problem, [&q, &k, &v]).out;
+        let error = |result: &HostOutput| Metrics::compare(&result.out, &reference).rel_l1;
+        assert!(error(&lazy) < 0.05, "{}", error(&lazy));
+        assert!(error(&lazy) < 1.2 * error(&plain), "{}", error(&plain));
+        for (plain, lazy) in plain.lse.unwrap().iter().zip(lazy.lse.unwrap()) {
+            assert!(
+                *plain == lazy || (plain - lazy).abs() < 1e-4,
+                "{plain} {lazy}"
+            );
+        }
+    }
+
+    /// With scores that rise by less than the head room, the reference of the first tile stays.
+    #[test]
+    fn the_reference_stays_while_sums_are_small() {
+        let mut row = OnlineSoftmax::new(1, &LAZY);
+        row.scores = vec![1.0; 8];
+        assert!(row.must_rise(LAZY.reference), "the first key");
+        row.raise(LAZY.reference);
+        assert_eq!(row.reference, 1.0 - 5.0);
+        // 32 each, two keys a thread.
+        assert!(!row.must_rise(LAZY.reference));
+        row.scores = vec![3.7; 8];
+        assert!(!row.must_rise(LAZY.reference));
+        row.scores = vec![3.9; 8];
+        assert!(row.must_rise(LAZY.reference));
+        // Raised for a neighbour's sake, to no less than it had.
+        row.scores = vec![0.0; 8];
+        row.raise(LAZY.reference);
+        assert_eq!((row.reference, row.keep), (-4.0, 0.0));
+    }
 }
