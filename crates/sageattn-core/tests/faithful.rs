@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use sageattn_core::metrics::Metrics;
 use sageattn_core::reference::{exact, faithful};
 use sageattn_core::{
-    Align, DType, HostOutput, KeyOrder, Mask, Outputs, Problem, Recipe, Rounding, Shape, Smooth,
+    Align, DType, Divisor, HostOutput, KeyOrder, Mask, Outputs, Problem, Recipe, Reference,
+    Rounding, Shape, Smooth,
 };
 
 /// A little generator of bell-shaped values: the sum of twelve uniform ones.
@@ -103,7 +104,11 @@ fn tile_order_and_stale_maximum_change_rounding_only() {
                 ..Rounding::of(&recipe)
             },
             Rounding {
-                stale_max: 0.7,
+                reference: Reference::Maximum { stale: 0.7 },
+                ..Rounding::of(&recipe)
+            },
+            Rounding {
+                divisor: Divisor::UnroundedP,
                 ..Rounding::of(&recipe)
             },
         ] {
