@@ -175,9 +175,8 @@ pub enum Reference {
     /// For e4m3 P, whose relative precision does not depend on its size: `P = 2^(s - reference)`,
     /// the reference first `start` below the maximum of the row's first tile. It stays while within
     /// each tile the P of keys with equal `(key % 8) / 2`, which one thread of a tensor-core kernel
-    /// holds, sum to at most `limit`: no P exceeds it then. Otherwise, and when a row meets its first
-    /// key, all rows of a block of `rows` move to `start` below their maximum in this tile where
-    /// that is higher. Rows past the last query count as rows of zero scores.
+    /// holds, sum to at most `limit`: no P exceeds it then. Otherwise it moves to `start` below the
+    /// maximum of the tile, or by 2 where that is no higher.
     ///
     /// [`faithful`](crate::reference::faithful) scales the integers of other recipes itself, so it
     /// takes this for e4m3 only.
@@ -186,8 +185,6 @@ pub enum Reference {
         start: f32,
         /// The largest sum of P.
         limit: f32,
-        /// Rows that move together.
-        rows: usize,
     },
 }
 

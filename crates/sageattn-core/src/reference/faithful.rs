@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::exact::dot;
 use super::quantize::{self, VOperand};
-use super::{e4m3, exact, for_all_blocks, kv_head, to_f32};
+use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
 use crate::{
     Divisor, HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Reference, Rounding,
     SmoothQ,
@@ -161,8 +161,8 @@ impl<'a> Prepared<'a> {
             let exact = exact::attend(&self.problem, self.tensors);
             (narrow(&exact.out), narrow(&exact.lse))
         } else {
-            for_all_blocks(&self.problem, rounding.rows(), |head, row, out, lse| {
-                self.attend_block(rounding, head, row, out, lse);
+            for_all_rows(&self.problem, |head, row, out| {
+                self.attend_row(rounding, head, row, out)
             })
         };
         HostOutput {
@@ -171,55 +171,26 @@ impl<'a> Prepared<'a> {
         }
     }
 
-    /// The rows from `first` on whose references move together.
-    fn attend_block(
-        &self,
-        rounding: &Rounding,
-        head: usize,
-        first: usize,
-        out: &mut [f32],
-        lse: &mut [f32],
-    ) {
+    fn attend_row(&self, rounding: &Rounding, head: usize, row: usize, out: &mut [f32]) -> f32 {
         let head_dim = self.problem.shape().head_dim;
         let kv_head = kv_head(&self.problem, head);
         let values = &self.values[kv_head];
-        let mut rows: Vec<OnlineSoftmax> = (0..rounding.rows())
-            .map(|_| OnlineSoftmax::new(head_dim, rounding))
-            .collect();
-        let visible = |index: usize| self.problem.visible_keys(first + index);
-        let most = (0..rows.len()).map(visible).max().unwrap_or(0);
+        let mut softmax = OnlineSoftmax::new(head_dim, rounding.reference);
+        let mut scores = Vec::with_capacity(rounding.key_tile);
 
-        for keys in tiles(most, rounding) {
-            for (index, row) in rows.iter_mut().enumerate() {
-                let seen = keys.start..keys.end.min(visible(index)).max(keys.start);
-                row.scores.clear();
-                row.scores.extend(seen.map(|key| {
-                    // A block may reach past the last query.
-                    match lse.get(index) {
-                        Some(_) => self.score(head, first + index, kv_head, key),
-                        None => 0.0,
-                    }
-                }));
-            }
-            let raise = rows.iter().any(|row| row.must_rise(rounding.reference));
-            for row in &mut rows {
-                if raise {
-                    row.raise(rounding.reference);
-                }
-                row.step(&values.values[keys.start * head_dim..], self.recipe.pv);
-            }
+        for keys in tiles(self.problem.visible_keys(row), rounding) {
+            scores.clear();
+            scores.extend(keys.clone().map(|key| self.score(head, row, kv_head, key)));
+            let tile = &values.values[keys.start * head_dim..keys.end * head_dim];
+            softmax.step(&scores, tile, self.recipe.pv);
         }
+        softmax.finish(&values.scales, self.recipe.pv, rounding.divisor, out);
 
-        let results = out.chunks_exact_mut(head_dim).zip(lse);
-        for (index, (row, (out, lse))) in rows.iter().zip(results).enumerate() {
-            row.finish(&values.scales, self.recipe.pv, rounding.divisor, out);
-            // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
-            let start = (head * self.problem.shape().q_len + first + index) * head_dim;
-            let query = &self.tensors[0][start..][..head_dim];
-            let offset = &self.keys[kv_head].means;
-            let correction = to_f32(dot(query, offset)) * self.problem.softmax_scale();
-            *lse = row.lse() + correction;
-        }
+        // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
+        let query = &self.tensors[0][(head * self.problem.shape().q_len + row) * head_dim..];
+        let offset = &self.keys[kv_head].means;
+        let correction = to_f32(dot(&query[..head_dim], offset)) * self.problem.softmax_scale();
+        softmax.lse() + correction
     }
 
     /// One score in log2 units.
@@ -277,26 +248,11 @@ impl Operand {
     }
 }
 
-impl Rounding {
-    /// Rows whose references move together.
-    fn rows(&self) -> usize {
-        match self.reference {
-            Reference::Maximum { .. } => 1,
-            Reference::Sum { rows, .. } => rows,
-        }
-    }
-}
-
 /// The running state of one row.
 struct OnlineSoftmax {
-    /// The scores of the tile at hand.
-    scores: Vec<f32>,
+    rule: Reference,
     /// The reference in use, log2 units.
     reference: f32,
-    /// log2 of e4m3 P at the reference.
-    e4m3_exponent: f32,
-    /// What the sums and O are to be multiplied by since the reference rose.
-    keep: f32,
     /// The sum of the P that is multiplied.
     rounded_sum: f32,
     /// The sum of P before rounding.
@@ -308,15 +264,10 @@ struct OnlineSoftmax {
 }
 
 impl OnlineSoftmax {
-    fn new(head_dim: usize, rounding: &Rounding) -> Self {
+    fn new(head_dim: usize, rule: Reference) -> Self {
         Self {
-            scores: Vec::with_capacity(rounding.key_tile),
+            rule,
             reference: f32::NEG_INFINITY,
-            e4m3_exponent: match rounding.reference {
-                Reference::Maximum { .. } => E4M3_P_EXPONENT,
-                Reference::Sum { .. } => 0.0,
-            },
-            keep: 1.0,
             rounded_sum: 0.0,
             sum: 0.0,
             out: vec![0.0; head_dim],
@@ -324,58 +275,59 @@ impl OnlineSoftmax {
         }
     }
 
-    fn tile_max(&self) -> f32 {
-        let scores = self.scores.iter();
-        scores.fold(f32::NEG_INFINITY, |max, &s| max.max(s))
+    /// log2 of e4m3 P at the reference.
+    fn e4m3_exponent(&self) -> f32 {
+        match self.rule {
+            Reference::Maximum { .. } => E4M3_P_EXPONENT,
+            Reference::Sum { .. } => 0.0,
+        }
     }
 
-    /// Whether this row's part of the tile asks for a higher reference.
-    fn must_rise(&self, rule: Reference) -> bool {
-        match rule {
-            Reference::Maximum { stale } => self.tile_max() > self.reference + stale,
-            Reference::Sum { limit, .. } => {
+    /// The reference for a tile of these scores.
+    fn reference_for(&self, scores: &[f32], tile_max: f32) -> f32 {
+        let old = self.reference;
+        match self.rule {
+            Reference::Maximum { stale } if tile_max > old + stale => tile_max,
+            Reference::Maximum { .. } => old,
+            Reference::Sum { start, limit } => {
                 // Tiles start at a multiple of eight keys.
                 let mut sums = [0.0; 4];
-                for (key, score) in self.scores.iter().enumerate() {
-                    sums[key % 8 / 2] += (score - self.reference).exp2();
+                for (key, score) in scores.iter().enumerate() {
+                    sums[key % 8 / 2] += (score - old).exp2();
                 }
-                sums.iter().any(|&sum| sum > limit)
+                match (sums.iter().any(|&sum| sum > limit), tile_max - start) {
+                    (false, _) => old,
+                    (true, from_maximum) if from_maximum > old => from_maximum,
+                    (true, _) => old + 2.0,
+                }
             }
         }
     }
 
-    fn raise(&mut self, rule: Reference) {
-        let target = match rule {
-            Reference::Maximum { .. } => self.tile_max(),
-            Reference::Sum { start, .. } => self.tile_max() - start,
+    /// Takes in one tile of scores and its rows of V.
+    fn step(&mut self, scores: &[f32], values: &[f32], pv: PvQuant) {
+        let tile_max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| max.max(s));
+        let old = self.reference;
+        self.reference = self.reference_for(scores, tile_max);
+        let keep = match self.reference > old {
+            true => (old - self.reference).exp2(),
+            false => 1.0,
         };
-        if target > self.reference {
-            self.keep = (self.reference - target).exp2();
-            self.reference = target;
-        }
-    }
 
-    /// Takes in the tile of scores and its rows of V.
-    fn step(&mut self, values: &[f32], pv: PvQuant) {
-        if self.scores.is_empty() {
-            return;
-        }
         // A dynamic scale spends all of P's 8 bits on the tile's own maximum.
         let (base, tile_weight) = match pv {
-            PvQuant::Int8Dynamic => {
-                let tile_max = self.tile_max();
-                (tile_max, (tile_max - self.reference).exp2())
-            }
+            PvQuant::Int8Dynamic => (tile_max, (tile_max - self.reference).exp2()),
             _ => (self.reference, 1.0),
         };
         self.tile.fill(0.0);
         let (mut rounded_sum, mut sum) = (0.0, 0.0);
-        for (&score, value) in self.scores.iter().zip(values.chunks_exact(self.tile.len())) {
+        let e4m3_exponent = self.e4m3_exponent();
+        for (&score, value) in scores.iter().zip(values.chunks_exact(self.tile.len())) {
             let p = (score - base).exp2();
             let rounded = match pv {
                 PvQuant::None => p,
                 PvQuant::F16 => f16::from_f32(p).to_f32(),
-                PvQuant::E4m3 => e4m3::round((score - base + self.e4m3_exponent).exp2()),
+                PvQuant::E4m3 => e4m3::round((score - base + e4m3_exponent).exp2()),
                 PvQuant::Int8Static => (127.0 * p).round_ties_even(),
                 PvQuant::Int8Dynamic => (255.0 * p).round_ties_even(),
             };
@@ -385,7 +337,6 @@ impl OnlineSoftmax {
                 *tile += rounded * v;
             }
         }
-        let keep = std::mem::replace(&mut self.keep, 1.0);
         self.rounded_sum = self.rounded_sum * keep + rounded_sum * tile_weight;
         self.sum = self.sum * keep + sum * tile_weight;
         for (out, tile) in self.out.iter_mut().zip(&self.tile) {
@@ -405,7 +356,7 @@ impl OnlineSoftmax {
                 self.sum
                     * match pv {
                         PvQuant::None | PvQuant::F16 => 1.0,
-                        PvQuant::E4m3 => self.e4m3_exponent.exp2(),
+                        PvQuant::E4m3 => self.e4m3_exponent().exp2(),
                         PvQuant::Int8Static => 127.0,
                         PvQuant::Int8Dynamic => 255.0,
                     }
@@ -446,30 +397,28 @@ mod tests {
 
     const LAZY: Rounding = Rounding {
         key_tile: 128,
-        key_order: KeyOrder::Descending,
+        key_order: KeyOrder::Ascending,
         reference: Reference::Sum {
-            start: 5.0,
+            start: 3.0,
             limit: 448.0,
-            rows: 16,
         },
         divisor: Divisor::UnroundedP,
     };
 
-    /// Values in [-1, 1); those of rows below `loud` eight times as large.
-    fn noise(seed: u32, rows: usize, head_dim: usize, loud: usize) -> Vec<f32> {
+    /// Values in [-1, 1); those of rows from `quiet` on eight times as large.
+    fn noise(seed: u32, rows: usize, head_dim: usize, quiet: usize) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             f32::from((state >> 16) as u16) / 32768.0 - 1.0
         };
-        let gain = |row| if row < loud { 8.0 } else { 1.0 };
+        let gain = |row| if row < quiet { 1.0 } else { 8.0 };
         (0..rows * head_dim)
             .map(|i| gain(i / head_dim) * next())
             .collect()
     }
 
-    /// The loud keys come last, so references must rise; one query has no key, the last block is
-    /// partial.
+    /// The loud keys come last, so references must rise; one query has no key.
     #[test]
     fn a_reference_checked_by_sums_changes_rounding_only() {
         let shape = Shape {
@@ -482,9 +431,9 @@ mod tests {
             .with_mask(Mask::Causal(Align::BottomRight))
             .with_outputs(Outputs::OAndLse);
         let (q, k, v) = (
-            noise(1, 301, 32, 301),
-            noise(2, 300, 32, 100),
-            noise(3, 300, 32, 0),
+            noise(1, 301, 32, 0),
+            noise(2, 300, 32, 200),
+            noise(3, 300, 32, 300),
         );
         let recipe = Recipe::SAGE2_I8_F8;
         let prepared = Prepared::new(&problem, &recipe, [&q, &k, &v]);
@@ -506,23 +455,29 @@ mod tests {
         }
     }
 
-    /// With scores that rise by less than the head room, the reference of the first tile stays.
     #[test]
     fn the_reference_stays_while_sums_are_small() {
-        let mut row = OnlineSoftmax::new(1, &LAZY);
-        row.scores = vec![1.0; 8];
-        assert!(row.must_rise(LAZY.reference), "the first key");
-        row.raise(LAZY.reference);
-        assert_eq!(row.reference, 1.0 - 5.0);
-        // 32 each, two keys a thread.
-        assert!(!row.must_rise(LAZY.reference));
-        row.scores = vec![3.7; 8];
-        assert!(!row.must_rise(LAZY.reference));
-        row.scores = vec![3.9; 8];
-        assert!(row.must_rise(LAZY.reference));
-        // Raised for a neighbour's sake, to no less than it had.
-        row.scores = vec![0.0; 8];
-        row.raise(LAZY.reference);
-        assert_eq!((row.reference, row.keep), (-4.0, 0.0));
+        let mut row = OnlineSoftmax::new(1, LAZY.reference);
+        let mut step = |score: f32, keys: usize| {
+            row.step(&vec![score; keys], &vec![1.0; keys], PvQuant::E4m3);
+            row.reference
+        };
+        assert_eq!(step(1.0, 8), -2.0, "the first key sets it");
+        assert_eq!(step(-5.0, 128), -2.0);
+        // 2^7.8 = 223, two of them a thread; then 2^7.9 = 239.
+        assert_eq!(step(5.8, 8), -2.0);
+        assert_eq!(step(5.9, 8), 2.9f32);
+        // 32 times 2^4: no P is large, but there are many.
+        let start = OnlineSoftmax {
+            reference: 0.0,
+            ..OnlineSoftmax::new(
+                1,
+                Reference::Sum {
+                    start: 5.0,
+                    limit: 448.0,
+                },
+            )
+        };
+        assert_eq!(start.reference_for(&[4.0; 128], 4.0), 2.0);
     }
 }

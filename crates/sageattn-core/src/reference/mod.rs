@@ -21,18 +21,6 @@ fn for_all_rows<T: Copy + Default + Send>(
     problem: &Problem,
     row: impl Fn(usize, usize, &mut [T]) -> T + Sync,
 ) -> (Vec<T>, Vec<T>) {
-    for_all_blocks(problem, 1, |head, first, out, lse| {
-        lse[0] = row(head, first, out);
-    })
-}
-
-/// As [`for_all_rows`], for blocks of rows that belong together: `block(head, first_row, out, lse)`
-/// fills up to `rows` rows, a divisor of [`ROWS_PER_TASK`].
-fn for_all_blocks<T: Copy + Default + Send>(
-    problem: &Problem,
-    rows: usize,
-    block: impl Fn(usize, usize, &mut [T], &mut [T]) + Sync,
-) -> (Vec<T>, Vec<T>) {
     let shape = problem.shape();
     let (len, head_dim) = (shape.q_len, shape.head_dim);
     let heads = shape.batch * shape.q_heads;
@@ -50,9 +38,9 @@ fn for_all_blocks<T: Copy + Default + Send>(
                 .into_par_iter()
                 .enumerate()
                 .for_each(|(task, (out, lse))| {
-                    let blocks = out.chunks_mut(rows * head_dim).zip(lse.chunks_mut(rows));
-                    for (index, (out, lse)) in blocks.enumerate() {
-                        block(head, task * ROWS_PER_TASK + index * rows, out, lse);
+                    let rows = out.chunks_exact_mut(head_dim).zip(lse);
+                    for (index, (out, lse)) in rows.enumerate() {
+                        *lse = row(head, task * ROWS_PER_TASK + index, out);
                     }
                 });
         });
