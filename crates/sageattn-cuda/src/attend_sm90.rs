@@ -1,0 +1,86 @@
+//! The attention launch on Hopper: host twin of `sm90/attn_i8_f8.cu`.
+
+use sageattn_core::{Divisor, KeyOrder, Reference, Rounding};
+use sageattn_kernels::abi::{AttnParams, K_GROUPS, TILE_KEYS};
+
+use crate::buffer::Tensor;
+use crate::launch::Launch;
+use crate::plan::{Choice, Ranges};
+use crate::variant::Attend;
+
+/// Rows of Q of one warpgroup.
+pub(crate) const WARPGROUP_ROWS: u32 = 64;
+const WARPGROUP_THREADS: u32 = 128;
+/// Full and empty barrier of a stage of one ring, in bytes.
+const STAGE_BARRIERS: u32 = 16;
+/// Works that the producer has drawn and the consumers not yet finished, each a u32.
+const WORK_SLOTS: u32 = 2;
+
+/// How the kernel rounds P: `attn/softmax.cuh`.
+pub(crate) const ROUNDING: Rounding = Rounding {
+    key_tile: TILE_KEYS as usize,
+    key_order: KeyOrder::Ascending,
+    reference: Reference::Sum {
+        // P_START_LOG2.
+        start: 3.0,
+        // LARGEST_E4M3.
+        limit: 448.0,
+    },
+    divisor: Divisor::UnroundedP,
+};
+
+/// Dynamic shared memory of a block: Q, then stages of K, V, K's scales and the barriers of two rings,
+/// then the works and theirs.
+pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
+    let q = WARPGROUP_ROWS * variant.width;
+    let tile = TILE_KEYS * variant.width;
+    let scales = K_GROUPS * 4;
+    let stage = 2 * tile + scales + 2 * STAGE_BARRIERS;
+    variant.consumers * q + variant.stages * stage + WORK_SLOTS * (STAGE_BARRIERS + 4)
+}
+
+/// Attention of Q over the codes of K and V. `scratch` is the address of the workspace, `lse` that of
+/// the log-sum-exp, where it is asked for.
+pub(crate) fn attend(
+    choice: &Choice,
+    ranges: &Ranges,
+    scratch: u64,
+    q: Tensor,
+    o: Tensor,
+    lse: Option<u64>,
+) -> Launch<AttnParams> {
+    let variant = &choice.attend;
+    let at = |offset: u64| scratch + offset;
+    Launch {
+        // Each draws works until none is left.
+        grid: choice.works.min(choice.multiprocessors),
+        // One more warpgroup for the producer.
+        block: (variant.consumers + 1) * WARPGROUP_THREADS,
+        shared: shared_bytes(variant),
+        overlaps_previous: choice.overlap,
+        params: AttnParams {
+            q: q.address,
+            o: o.address,
+            lse: lse.unwrap_or(0),
+            k_codes: at(ranges.k_codes),
+            v_codes: at(ranges.v_codes),
+            k_scales: at(ranges.k_scales),
+            v_scales: at(ranges.v_scales),
+            k_mean: at(ranges.k_mean),
+            q_stride: q.strides,
+            o_stride: o.strides,
+            q_heads: choice.q_heads,
+            q_heads_per_kv_head: choice.q_heads / choice.kv_heads,
+            q_len: choice.q_len,
+            kv_len: choice.kv_len,
+            head_dim: choice.head_dim,
+            tiles: choice.tiles,
+            row_blocks: choice.row_blocks,
+            softmax_scale: choice.softmax_scale,
+            diagonal: choice.diagonal,
+            next_work: at(ranges.next_work),
+            works: choice.works,
+            reserved: 0,
+        },
+    }
+}

@@ -1,0 +1,170 @@
+//! Loaded kernels and their launches: the only file that hands memory to the device's code.
+
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use sageattn_core::Error;
+use sageattn_kernels::abi::{AttnParams, PrepareParams};
+
+/// A struct that kernels take as their only parameter, by value, as `__grid_constant__`.
+///
+/// # Safety
+/// - `repr(C)`, with the fields, sizes and order of its twin in abi.cuh.
+/// - No padding and no reference: the driver copies its bytes.
+pub(crate) unsafe trait Params: Copy + 'static {
+    /// The `extern "C"` functions with the one parameter `const __grid_constant__ Self`.
+    const ENTRIES: &'static [&'static str];
+}
+
+// SAFETY: nine device addresses, six i64, eight u32: 152 bytes without padding, as PrepareParams in
+// abi.cuh, whose size both sides assert.
+unsafe impl Params for PrepareParams {
+    const ENTRIES: &'static [&'static str] = &["kv_statistics", "kv_encode"];
+}
+
+// SAFETY: eight device addresses, six i64, seven u32, one f32, one i64: 152 bytes without padding, as
+// AttnParams in abi.cuh, whose size both sides assert.
+unsafe impl Params for AttnParams {
+    const ENTRIES: &'static [&'static str] = &["attn_i8_f8_sm90"];
+}
+
+/// One launch: how many threads, and on what.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Launch<P> {
+    /// Blocks, in one dimension.
+    pub(crate) grid: u32,
+    /// Threads in a block.
+    pub(crate) block: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub(crate) shared: u32,
+    /// The kernel waits itself for the launch before it (griddepcontrol.wait), so it may start early.
+    pub(crate) overlaps_previous: bool,
+    /// What the kernel is told. Addresses in it come from tensors that were bound to the problem, and
+    /// from a workspace that was checked for size and overlap.
+    pub(crate) params: P,
+}
+
+/// A kernel on a device, of those that take `P`.
+pub(crate) struct Kernel<P> {
+    context: Arc<CudaContext>,
+    module: sys::CUmodule,
+    function: sys::CUfunction,
+    name: String,
+    params: PhantomData<fn(P)>,
+}
+
+// SAFETY: module and function are handles of the driver, which may be used from any thread whose
+// current context is theirs; every use binds it first.
+unsafe impl<P> Send for Kernel<P> {}
+// SAFETY: as for `Send`; the driver synchronises launches of one function itself.
+unsafe impl<P> Sync for Kernel<P> {}
+
+impl<P: Params> Kernel<P> {
+    /// Loads a cubin and allows its kernel as much dynamic shared memory as its launches ask for.
+    pub(crate) fn load(
+        context: &Arc<CudaContext>,
+        name: String,
+        entry: &str,
+        cubin: &[u8],
+        shared: u32,
+    ) -> Result<Self, Error> {
+        let failed = |error: DriverError| Error::device(format!("loading {name}"), error);
+        if !P::ENTRIES.contains(&entry) {
+            let reason = format!("{entry} does not take {}", std::any::type_name::<P>());
+            return Err(Error::device(format!("loading {name}"), reason));
+        }
+        context.bind_to_thread().map_err(failed)?;
+        // SAFETY: a whole cubin, from the compiler or from a cache entry whose checksum held.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(failed)?;
+        // From here on, drop unloads it.
+        let mut kernel = Self {
+            context: context.clone(),
+            module,
+            function: ptr::null_mut(),
+            name: name.clone(),
+            params: PhantomData,
+        };
+        let entry = CString::new(entry).unwrap_or_default();
+        // SAFETY: a module loaded in the current context.
+        kernel.function = unsafe { result::module::get_function(module, entry) }.map_err(failed)?;
+        #[expect(clippy::cast_possible_wrap, reason = "at most 227 KiB")]
+        // SAFETY: a function of the current context.
+        unsafe {
+            result::function::set_function_attribute(
+                kernel.function,
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                shared as i32,
+            )
+        }
+        .map_err(failed)?;
+        Ok(kernel)
+    }
+
+    /// Enqueues the kernel. The stream's context is the kernel's, and current.
+    pub(crate) fn enqueue(&self, stream: &CudaStream, launch: &Launch<P>) -> Result<(), Error> {
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(launch.overlaps_previous),
+        };
+        let mut params = launch.params;
+        let mut arguments: [*mut c_void; 1] = [ptr::from_mut(&mut params).cast()];
+        // SAFETY:
+        // - the kernel's parameter list is one `const __grid_constant__ P`, and `arguments` holds one
+        //   pointer to a `P` (`Params::ENTRIES`, checked on load); the driver copies it before it
+        //   returns, as it does `config` and `attribute`;
+        // - addresses in `P` cover what the kernel reads and writes: tensors through `Io::bind`, scratch
+        //   through `Io::check_run`, all in the kernel's context (`CudaBuffer::address_in`);
+        // - memory is used in the order of `stream`; who frees it or uses it on another stream orders
+        //   that, as the documentation of `Plan` on CUDA demands.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                self.function,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        }
+        .result()
+        .map_err(|error| Error::device(format!("launching {}", self.name), error))
+    }
+}
+
+impl<P> Drop for Kernel<P> {
+    fn drop(&mut self) {
+        // SAFETY: loaded once, in this context; the function is not used again.
+        let unloaded = self
+            .context
+            .bind_to_thread()
+            .and_then(|()| unsafe { result::module::unload(self.module) });
+        if let Err(error) = unloaded {
+            tracing::debug!(kernel = self.name, %error, "unloading");
+        }
+    }
+}
+
+impl<P> fmt::Debug for Kernel<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,329 @@
+//! Quantized attention on NVIDIA's tensor cores: the `cuda` backend of `sageattn`.
+//!
+//! Needs a driver (12.0 or later), a GPU of compute capability 9.0 and NVIDIA's run-time compiler NVRTC;
+//! no CUDA toolkit, neither to build nor to run. Kernels are compiled when first planned and kept on
+//! disk. What is missing on a machine is told, not guessed:
+//!
+//! ```
+//! use sageattn_core::Backend;
+//! use sageattn_cuda::Cuda;
+//!
+//! match Cuda::all() {
+//!     Ok(devices) => devices.iter().for_each(|cuda| println!("{:?}", cuda.device())),
+//!     Err(error) => println!("{error}"), // no CUDA device: libcuda.so.1 not found
+//! }
+//! ```
+//!
+//! Tensors that are on the device already stay where they are: [`Cuda::on_stream`] takes the caller's
+//! stream, [`CudaBuffer`] wraps a [`CudaSlice`](cudarc::driver::CudaSlice) or a device address. `cudarc`
+//! is re-exported; its version is part of this crate's interface.
+//!
+//! # Plans on CUDA
+//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues three kernels
+//!   and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
+//!   as long as it is launched.
+//! - A plan belongs to the stream that it was made on, and its kernels run in that stream's order.
+//!   Different plans, each with its own workspace, may run at the same time on different streams,
+//!   devices and threads.
+//! - [`Backend::plan`] compiles and loads: not while the stream is being captured.
+//!
+//! | environment variable | meaning |
+//! |---|---|
+//! | `SAGEATTN_NVRTC` | the NVRTC library to use, a path |
+//! | `SAGEATTN_CACHE` | the folder for compiled kernels; empty for none |
+
+mod attend_sm90;
+mod buffer;
+pub mod compile;
+mod launch;
+mod plan;
+mod quantize;
+mod variant;
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+pub use buffer::CudaBuffer;
+pub use cudarc;
+use cudarc::driver::sys::{CUdevice_attribute, CUresult};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use sageattn_core::{
+    Backend, Buffer, DeviceInfo, DeviceKind, Error, Plan, Problem, Recipe, Unsupported,
+};
+use sageattn_kernels::abi::{AttnParams, PrepareParams};
+
+use crate::compile::{Cache, Nvrtc};
+use crate::launch::{Kernel, Params};
+pub use crate::plan::variants;
+use crate::plan::{Choice, CudaPlan, Machine};
+pub use crate::variant::{Attend, Prepare, Variant, WIDTHS};
+
+const NAME: &str = "cuda";
+
+/// The compute capability that the kernels are written for.
+const CAPABILITY: (i32, i32) = (9, 0);
+
+/// The oldest driver whose interface has all that is used.
+const OLDEST_DRIVER: i32 = 12_000;
+
+/// From this driver on, launches that overlap can be captured in graphs.
+const OVERLAP_IN_GRAPHS: i32 = 12_030;
+
+/// An NVIDIA GPU, and the stream that its work goes to.
+#[derive(Debug)]
+pub struct Cuda {
+    stream: Arc<CudaStream>,
+    nvrtc: Arc<Nvrtc>,
+    cache: Cache,
+    info: DeviceInfo,
+    machine: Machine,
+    prepare: Loaded<PrepareParams>,
+    attend: Loaded<AttnParams>,
+}
+
+/// Kernels in use on this device.
+type Loaded<P> = Mutex<HashMap<Variant, Arc<Kernel<P>>>>;
+
+impl Cuda {
+    /// The device of that number, in the driver's order, on its primary context and a stream of its
+    /// own.
+    ///
+    /// # Errors
+    /// [`Error::Device`] without driver, device or NVRTC, [`Error::Unsupported`] for a compute capability that this
+    /// version has no kernels for. The text says which.
+    pub fn new(ordinal: usize) -> Result<Self, Error> {
+        driver()?;
+        let failed = |error| Error::device(format!("opening CUDA device {ordinal}"), error);
+        let context = CudaContext::new(ordinal).map_err(failed)?;
+        check_capability(&context)?;
+        Self::on_stream(context.new_stream().map_err(failed)?)
+    }
+
+    /// The caller's stream and context.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn on_stream(stream: Arc<CudaStream>) -> Result<Self, Error> {
+        let driver = driver()?;
+        let context = stream.context();
+        check_capability(context)?;
+        let nvrtc = Nvrtc::find(Some(driver / 1000))?;
+        let failed = |error| Error::device("asking for the device's properties", error);
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).map_err(failed)?;
+        let info = DeviceInfo {
+            name: context.name().map_err(failed)?,
+            driver: format!("CUDA driver {}, {nvrtc}", dotted(driver)),
+            kind: DeviceKind::Gpu,
+        };
+        Ok(Self {
+            nvrtc: Arc::new(nvrtc),
+            cache: Cache::from_env(),
+            info,
+            machine: Machine {
+                multiprocessors: multiprocessors.unsigned_abs(),
+                overlap: driver >= OVERLAP_IN_GRAPHS,
+            },
+            prepare: Mutex::default(),
+            attend: Mutex::default(),
+            stream,
+        })
+    }
+
+    /// Each device that the driver lists: ready, or why not.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when there is no usable driver.
+    pub fn devices() -> Result<Vec<Result<Self, Error>>, Error> {
+        driver()?;
+        let count = CudaContext::device_count();
+        let count = count.map_err(|error| no_device(error.to_string()))?;
+        Ok((0..count.unsigned_abs() as usize).map(Self::new).collect())
+    }
+
+    /// Every usable device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when there is none, with the reason for each.
+    pub fn all() -> Result<Vec<Self>, Error> {
+        let (mut ready, mut reasons) = (Vec::new(), Vec::new());
+        for (ordinal, device) in Self::devices()?.into_iter().enumerate() {
+            match device {
+                Ok(device) => ready.push(device),
+                Err(error) => {
+                    tracing::debug!(ordinal, %error, "passed over a CUDA device");
+                    reasons.push(error.to_string());
+                }
+            }
+        }
+        if ready.is_empty() {
+            reasons.dedup();
+            return Err(no_device(match reasons.is_empty() {
+                true => "the driver lists none".to_owned(),
+                false => reasons.join("; "),
+            }));
+        }
+        Ok(ready)
+    }
+
+    /// The stream that all work goes to.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    fn choose(&self, problem: &Problem, recipe: &Recipe) -> Result<Choice, Unsupported> {
+        plan::choose(problem, recipe, self.machine).map_err(|missing| Unsupported {
+            backend: format!("{NAME} ({})", self.info.name),
+            missing,
+        })
+    }
+
+    /// The kernel, loaded and if need be compiled. Two threads that ask at once may both compile.
+    fn kernel<P: Params>(
+        &self,
+        loaded: &Loaded<P>,
+        variant: Variant,
+        shared: u32,
+    ) -> Result<Arc<Kernel<P>>, Error> {
+        let find = || locked(loaded, |kernels| kernels.get(&variant).cloned());
+        if let Some(kernel) = find() {
+            return Ok(kernel);
+        }
+        let cubin = self.nvrtc.cubin(&self.cache, &variant)?;
+        let context = self.stream.context();
+        let kernel = Kernel::load(context, variant.name(), variant.entry(), &cubin, shared)?;
+        let kernel = Arc::new(kernel);
+        Ok(locked(loaded, |kernels| {
+            kernels.entry(variant).or_insert(kernel).clone()
+        }))
+    }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn device(&self) -> DeviceInfo {
+        self.info.clone()
+    }
+
+    fn supports(&self, problem: &Problem, recipe: &Recipe) -> Result<(), Unsupported> {
+        self.choose(problem, recipe).map(|_| ())
+    }
+
+    fn preferred(&self, _: &Problem) -> Recipe {
+        Recipe::SAGE2_I8_F8
+    }
+
+    fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
+        let choice = self.choose(problem, recipe)?;
+        let (scratch, ranges) = choice.scratch();
+        let prepare = choice.prepare;
+        let plan = CudaPlan {
+            stream: self.stream.clone(),
+            problem: *problem,
+            recipe: *recipe,
+            choice,
+            scratch,
+            ranges,
+            statistics: self.kernel(&self.prepare, Variant::Statistics(prepare), 0)?,
+            encode: self.kernel(&self.prepare, Variant::Encode(prepare), 0)?,
+            attend: self.kernel(
+                &self.attend,
+                Variant::Attend(choice.attend),
+                attend_sm90::shared_bytes(&choice.attend),
+            )?,
+        };
+        tracing::debug!(plan = %plan.describe(), ?choice, "planned");
+        Ok(Box::new(plan))
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<Box<dyn Buffer>, Error> {
+        let len = usize::try_from(bytes).map_err(|_| Error::OutOfMemory { bytes })?;
+        // SAFETY: device memory is read by kernels and copied as bytes, for which any content is valid.
+        match unsafe { self.stream.alloc::<u8>(len.max(1)) } {
+            Ok(slice) => Ok(Box::new(CudaBuffer::from_slice(slice))),
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                Err(Error::OutOfMemory { bytes })
+            }
+            Err(error) => Err(Error::device(format!("allocating {bytes} bytes"), error)),
+        }
+    }
+
+    fn upload(&self, buffer: &dyn Buffer, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let buffer = buffer::in_context(self.stream.context(), "buffer", buffer)?;
+        buffer.write(&self.stream, offset, bytes)
+    }
+
+    fn download(&self, buffer: &dyn Buffer, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let buffer = buffer::in_context(self.stream.context(), "buffer", buffer)?;
+        buffer.read(&self.stream, offset, bytes)
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        let waited = self.stream.synchronize();
+        waited.map_err(|error| Error::device("waiting for the stream", error))
+    }
+}
+
+/// The driver's version, 12030 for 12.3, once it is known to work.
+fn driver() -> Result<i32, Error> {
+    static DRIVER: OnceLock<Result<i32, String>> = OnceLock::new();
+    let opened = DRIVER.get_or_init(|| {
+        // cudarc panics when it finds none of its names; these are two of them.
+        let names: &[&str] = match cfg!(windows) {
+            true => &["nvcuda.dll"],
+            false => &["libcuda.so.1", "libcuda.so"],
+        };
+        // SAFETY: the driver's initialisers have no preconditions.
+        if !(names.iter()).any(|name| unsafe { libloading::Library::new(*name) }.is_ok()) {
+            return Err(format!("{} not found", names[0]));
+        }
+        result::init().map_err(|error| error.to_string())?;
+        let mut version = 0;
+        // SAFETY: a valid pointer to int.
+        let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+        asked.map_err(|error| error.to_string())?;
+        if version < OLDEST_DRIVER {
+            let (have, need) = (dotted(version), dotted(OLDEST_DRIVER));
+            return Err(format!("the driver is for CUDA {have}, {need} is needed"));
+        }
+        Ok(version)
+    });
+    opened.clone().map_err(no_device)
+}
+
+fn dotted(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+fn no_device(reason: String) -> Error {
+    Error::device("no CUDA device", reason)
+}
+
+fn check_capability(context: &CudaContext) -> Result<(), Error> {
+    let failed = |error| Error::device("asking for the compute capability", error);
+    let (major, minor) = context.compute_capability().map_err(failed)?;
+    let mut missing = Vec::new();
+    if (major, minor) != CAPABILITY {
+        missing.push(format!(
+            "compute capability {major}.{minor}: this version has kernels for {}.{} only",
+            CAPABILITY.0, CAPABILITY.1
+        ));
+    }
+    let name = context.name().map_err(failed)?;
+    Ok(Unsupported::unless_empty(
+        format!("{NAME} ({name})"),
+        missing,
+    )?)
+}
+
+/// The map under its lock. A panic while it was held cannot leave it half changed.
+fn locked<K: Eq + Hash, V, T>(
+    map: &Mutex<HashMap<K, V>>,
+    f: impl FnOnce(&mut HashMap<K, V>) -> T,
+) -> T {
+    f(&mut map.lock().unwrap_or_else(PoisonError::into_inner))
+}

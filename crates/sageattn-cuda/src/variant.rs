@@ -1,0 +1,152 @@
+//! The kernels with their constants: a variant is a file and a few `#define`s, known by one readable
+//! name.
+
+use sageattn_core::DType;
+use sageattn_kernels::SOURCES;
+
+/// One kernel with its constants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// Sums of K and largest magnitudes of V: `quant/kv_statistics.cu`.
+    Statistics(Prepare),
+    /// K and V to codes: `quant/kv_encode.cu`.
+    Encode(Prepare),
+    /// Attention over the codes: `sm90/attn_i8_f8.cu`.
+    Attend(Attend),
+}
+
+/// The constants of the two kernels that quantize K and V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Prepare {
+    /// Channels of a row of codes: the problem's head dimension, padded.
+    pub width: u32,
+    /// The tensors' element type.
+    pub dtype: DType,
+    /// Whether a mean is subtracted from the keys.
+    pub smooth: bool,
+    /// Whether the head dimension is no multiple of eight: its last channels are loaded one by one.
+    pub cut: bool,
+}
+
+/// The constants of the attention kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Attend {
+    /// Channels of a row of codes: the problem's head dimension, padded.
+    pub width: u32,
+    /// The tensors' element type.
+    pub dtype: DType,
+    /// Whether rows see keys up to a diagonal only.
+    pub causal: bool,
+    /// Whether LSE is written.
+    pub lse: bool,
+    /// Whether the head dimension is no multiple of eight.
+    pub cut: bool,
+    /// Warpgroups that multiply, 64 rows of Q each.
+    pub consumers: u32,
+    /// Tiles of K, and of V, that shared memory holds.
+    pub stages: u32,
+}
+
+/// Head dimensions that the kernels have; others are padded to the next.
+pub const WIDTHS: [u32; 3] = [64, 128, 256];
+
+impl Variant {
+    /// The name: cache key, test id, bench id, and what logs print.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Statistics(prepare) => format!("kv_statistics_{}", prepare.suffix()),
+            Self::Encode(prepare) => format!("kv_encode_{}", prepare.suffix()),
+            Self::Attend(attend) => format!("attn_i8_f8_sm90_{}", attend.suffix()),
+        }
+    }
+
+    /// The kernel's file among [`SOURCES`].
+    pub const fn source(&self) -> &'static str {
+        match self {
+            Self::Statistics(_) => "quant/kv_statistics.cu",
+            Self::Encode(_) => "quant/kv_encode.cu",
+            Self::Attend(_) => "sm90/attn_i8_f8.cu",
+        }
+    }
+
+    /// The `extern "C"` function in that file.
+    pub const fn entry(&self) -> &'static str {
+        match self {
+            Self::Statistics(_) => "kv_statistics",
+            Self::Encode(_) => "kv_encode",
+            Self::Attend(_) => "attn_i8_f8_sm90",
+        }
+    }
+
+    /// The constants, as the file's head comment names them.
+    pub fn defines(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Statistics(prepare) | Self::Encode(prepare) => vec![
+                ("HEAD_DIM", prepare.width.to_string()),
+                ("IN_T", type_name(prepare.dtype).to_owned()),
+                ("SMOOTH", u8::from(prepare.smooth).to_string()),
+                ("CUT_OCTET", u8::from(prepare.cut).to_string()),
+            ],
+            Self::Attend(attend) => vec![
+                ("HEAD_DIM", attend.width.to_string()),
+                ("IN_T", type_name(attend.dtype).to_owned()),
+                ("CAUSAL", u8::from(attend.causal).to_string()),
+                ("LSE", u8::from(attend.lse).to_string()),
+                ("CUT_OCTET", u8::from(attend.cut).to_string()),
+                ("CONSUMERS", attend.consumers.to_string()),
+                ("STAGES", attend.stages.to_string()),
+            ],
+        }
+    }
+
+    /// The constants and the file: what the compiler is given.
+    pub fn entry_source(&self) -> String {
+        let defines = self.defines().into_iter();
+        let mut text: String = defines
+            .map(|(name, value)| format!("#define {name} {value}\n"))
+            .collect();
+        let file = SOURCES.iter().find(|(path, _)| *path == self.source());
+        text.push_str(&format!("#line 1 \"{}\"\n", self.source()));
+        text.push_str(file.map_or("", |(_, text)| text));
+        text
+    }
+}
+
+impl Prepare {
+    fn suffix(&self) -> String {
+        let mut suffix = format!("d{}_{}", self.width, self.dtype);
+        if self.smooth {
+            suffix.push_str("_smooth");
+        }
+        if self.cut {
+            suffix.push_str("_cut");
+        }
+        suffix
+    }
+}
+
+impl Attend {
+    fn suffix(&self) -> String {
+        let mut suffix = format!("d{}_{}", self.width, self.dtype);
+        if self.causal {
+            suffix.push_str("_causal");
+        }
+        if self.lse {
+            suffix.push_str("_lse");
+        }
+        if self.cut {
+            suffix.push_str("_cut");
+        }
+        suffix.push_str(&format!("_c{}s{}", self.consumers, self.stages));
+        suffix
+    }
+}
+
+/// The element types of `tile/elements.cuh`.
+const fn type_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "F16",
+        DType::BF16 => "Bf16",
+        DType::F32 => "F32",
+    }
+}

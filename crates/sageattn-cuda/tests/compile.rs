@@ -1,0 +1,202 @@
+//! Every kernel that a plan can choose compiles without a GPU, and ptxas has nothing to complain of.
+//!
+//! Needs NVRTC; without it the tests are ignored, or fail when `SAGEATTN_REQUIRE` names `nvrtc`. What
+//! the machine code holds is checked where `nvdisasm` is found, beside NVRTC or on the path.
+#![allow(clippy::unwrap_used, reason = "a test reports by panicking")]
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use sageattn_core::Error;
+use sageattn_cuda::compile::{Cache, Nvrtc};
+use sageattn_cuda::{Variant, variants};
+
+type Test = Box<dyn Fn(&Nvrtc) -> Result<(), Failed> + Send>;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let nvrtc = Nvrtc::find(None).map(Arc::new).map_err(|e| e.to_string());
+    let required =
+        env::var("SAGEATTN_REQUIRE").is_ok_and(|list| list.split(',').any(|x| x == "nvrtc"));
+
+    let mut trials = Vec::new();
+    let mut add = |name: String, test: Test| {
+        let nvrtc = nvrtc.clone();
+        trials.push(Trial::ignorable_test(name, move || match nvrtc {
+            Ok(nvrtc) => test(&nvrtc).map(|()| Completion::Completed),
+            Err(reason) if required => Err(reason.into()),
+            Err(reason) => Ok(Completion::ignored_with(reason)),
+        }));
+    };
+    for variant in variants() {
+        let check = move |nvrtc: &Nvrtc| check_variant(nvrtc, variant);
+        add(format!("compile::{}", variant.name()), Box::new(check));
+    }
+    add(
+        "names_are_distinct".to_owned(),
+        Box::new(names_are_distinct),
+    );
+    add(
+        "a_broken_kernel_gives_its_log".to_owned(),
+        Box::new(a_broken_kernel_gives_its_log),
+    );
+    add(
+        "the_cache_saves_compiling".to_owned(),
+        Box::new(the_cache_saves_compiling),
+    );
+    add(
+        "an_unwritable_cache_is_no_error".to_owned(),
+        Box::new(an_unwritable_cache_is_no_error),
+    );
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn check_variant(nvrtc: &Nvrtc, variant: Variant) -> Result<(), Failed> {
+    let compiled = nvrtc.compile(&variant)?;
+    check_report(&compiled.log).map_err(|complaint| format!("{complaint}\n{}", compiled.log))?;
+    if let Some(disassembler) = disassembler(nvrtc) {
+        let sass = disassemble(&disassembler, &variant.name(), &compiled.cubin)?;
+        check_instructions(&variant, &sass)?;
+    }
+    Ok(())
+}
+
+/// What ptxas printed: registers and spills of the kernel, and what it had to give up.
+fn check_report(log: &str) -> Result<(), String> {
+    // C7508: setmaxnreg ignored. C7510 to C7515: wgmma serialized.
+    for code in [
+        "C7508", "C7510", "C7511", "C7512", "C7513", "C7514", "C7515",
+    ] {
+        if log.contains(code) {
+            return Err(format!("ptxas reports {code}"));
+        }
+    }
+    if log.contains("warning") {
+        return Err("a warning".to_owned());
+    }
+    let spills = log.lines().find(|line| line.contains("bytes spill stores"));
+    let spills = spills.ok_or("no report of spills: the option that asks for it is lost")?;
+    if !spills.contains(" 0 bytes spill stores, 0 bytes spill loads") {
+        return Err(format!("spills: {spills}"));
+    }
+    Ok(())
+}
+
+fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
+    let lines = |test: &dyn Fn(&str) -> bool| sass.lines().filter(|line| test(line)).count();
+    let count = |name: &str| lines(&|line| line.contains(name));
+    match variant {
+        Variant::Attend(_) => {
+            // INT8 Q K^T and e4m3 P V on the tensor cores, tiles by the copy engine.
+            for name in ["IGMMA", "QGMMA", "UBLKCP"] {
+                if count(name) == 0 {
+                    return Err(format!("no {name} in the machine code"));
+                }
+            }
+        }
+        Variant::Statistics(_) | Variant::Encode(_) => {
+            // Whole octets of 16-bit elements in one load.
+            if lines(&|line| line.contains("LDG.E") && line.contains(".128")) == 0 {
+                return Err("no 16-byte load in the machine code".to_owned());
+            }
+        }
+    }
+    match count("STL") + count("LDL") {
+        0 => Ok(()),
+        n => Err(format!("{n} accesses to local memory")),
+    }
+}
+
+/// `nvdisasm` of the toolkit or wheel that NVRTC came from, or of the path.
+fn disassembler(nvrtc: &Nvrtc) -> Option<PathBuf> {
+    let name = if cfg!(windows) {
+        "nvdisasm.exe"
+    } else {
+        "nvdisasm"
+    };
+    let library = Path::new(nvrtc.path());
+    let root = library.parent().and_then(Path::parent);
+    let beside = root.map(|root| root.join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = beside.into_iter().chain(env::split_paths(&path));
+    folders
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
+}
+
+fn disassemble(disassembler: &Path, name: &str, cubin: &[u8]) -> Result<String, Failed> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join(name);
+    fs::write(&file, cubin)?;
+    let output = Command::new(disassembler).arg("-c").arg(&file).output()?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn names_are_distinct(_: &Nvrtc) -> Result<(), Failed> {
+    let mut names: Vec<String> = variants().iter().map(Variant::name).collect();
+    names.sort();
+    match names.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(format!("two variants are called {}", pair[0]).into()),
+        None => Ok(()),
+    }
+}
+
+fn a_broken_kernel_gives_its_log(nvrtc: &Nvrtc) -> Result<(), Failed> {
+    let attend = variants().into_iter().find_map(|variant| match variant {
+        Variant::Attend(attend) => Some(attend),
+        Variant::Statistics(_) | Variant::Encode(_) => None,
+    });
+    let mut attend = attend.ok_or("no attention kernel")?;
+    attend.width = 96;
+    let error = nvrtc.compile(&Variant::Attend(attend)).unwrap_err();
+    let Error::Compile { kernel, log } = &error else {
+        return Err(format!("not a compile error: {error}").into());
+    };
+    assert!(kernel.contains("d96"), "{kernel}");
+    assert!(
+        log.contains("sm90/attn_i8_f8.cu(") && log.contains("error"),
+        "{log}"
+    );
+    Ok(())
+}
+
+fn the_cache_saves_compiling(nvrtc: &Nvrtc) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let cache = Cache::at(folder.path());
+    let variant = variants()[0];
+    let cubin = nvrtc.cubin(&cache, &variant)?;
+    let files: Vec<PathBuf> = fs::read_dir(folder.path())?
+        .map(|file| file.unwrap().path())
+        .collect();
+    assert_eq!(files.len(), 1);
+    assert!(
+        files[0]
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .starts_with(&variant.name())
+    );
+    let stored = fs::read(&files[0])?;
+    assert_eq!(nvrtc.cubin(&cache, &variant)?, cubin);
+
+    fs::write(&files[0], &stored[..stored.len() / 2])?;
+    assert_eq!(nvrtc.cubin(&cache, &variant)?, cubin, "compiled anew");
+    assert_eq!(fs::read(&files[0])?, stored, "and mended");
+    Ok(())
+}
+
+fn an_unwritable_cache_is_no_error(nvrtc: &Nvrtc) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("not a folder");
+    fs::write(&file, "")?;
+    let cubin = nvrtc.cubin(&Cache::at(file), &variants()[0])?;
+    assert!(cubin.starts_with(b"\x7fELF"));
+    Ok(())
+}
