@@ -1,0 +1,57 @@
+// Loads and stores that must be one instruction of a known width or state space.
+#pragma once
+#include "ptx/types.cuh"
+
+/// 32-bit address of a shared-memory object, as every shared-space instruction takes it. PTX ISA 9.7.9.23, cvta.
+DEVICE u32 shared_address(const void* object) {
+    u32 address;
+    asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(object));
+    return address;
+}
+
+/// 16 bytes of data that no thread writes while the kernel runs. PTX ISA 9.7.9.9, ld.global.nc.
+DEVICE void load_16_bytes(u32 (&word)[4], const void* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(from));
+}
+
+/// PTX ISA 9.7.9.12, st.
+DEVICE void store_16_bytes(void* to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+/// PTX ISA 9.7.9.12, st.
+DEVICE void store_8_bytes(void* to, u32 a, u32 b) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
+/// PTX ISA 9.7.9.12, st.
+DEVICE void store_shared_8_bytes(u32 to, u32 a, u32 b) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+
+/// PTX ISA 9.7.9.12, st.
+DEVICE void store_shared_word(u32 to, u32 a) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(a) : "memory");
+}
+
+/// PTX ISA 9.7.9.8, ld.
+DEVICE void load_shared_16_bytes(u32 (&word)[4], u32 from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+/// PTX ISA 9.7.9.8, ld.
+DEVICE float load_shared_float(u32 from) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+    return value;
+}
+
+/// Largest of the values stored at a shared word so far; a maximum does not depend on the order of arrival. PTX ISA 9.7.13.6, red.
+DEVICE void shared_max(u32 at, u32 value) {
+    asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}

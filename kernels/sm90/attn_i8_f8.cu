@@ -1,0 +1,320 @@
+// Attention with INT8 Q K^T and e4m3 P V on Hopper's warpgroup GEMMs: recipe sage2-i8-f8, SageAttention2 (2411.10958), algorithm 1.
+//
+//   O[b, h, r, :] = softmax_n(scale q_r . k_n) V,   LSE[b, h, r] = ln sum_n exp(scale q_r . k_n)
+//
+// Problem   q, o: [batch, q_heads, q_len, head_dim] of IN_T, strided; K and V as codes from kv_encode. One block: CONSUMERS x 64 rows of one head.
+// Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
+//           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits).
+// Roles     one producer thread streams tiles of K and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then
+//           takes the tiles from the last to the first, so that the masked ones come first and the loop after them has no mask.
+// Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j - 1} as one block of GEMMs and passes on, so that while
+//           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
+// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; CONSUMERS and STAGES as in README.md.
+#include "abi.cuh"
+#include "attn/softmax.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/wgmma.cuh"
+#include "quant/q_rows.cuh"
+#include "tile/ring.cuh"
+#include "tile/store_rows.cuh"
+#include "tile/turns.cuh"
+
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to one of these by the quantizers");
+
+constexpr int WARPGROUP = 128;
+constexpr int ROWS = 64;
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
+/// Registers a thread after the roles have parted; the pool is 65536.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= 65536, "the last warpgroup to ask would wait for ever");
+
+constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
+constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
+constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
+constexpr int PANELS = HEAD_DIM / PANEL;
+
+using StageRing = Ring<STAGES>;
+using StageCursor = Cursor<STAGES>;
+
+constexpr u32 Q_SLAB = ROWS * HEAD_DIM;
+constexpr u32 K_AT = CONSUMERS * Q_SLAB;
+constexpr u32 V_AT = K_AT + STAGES * TILE_BYTES;
+constexpr u32 SCALES_AT = V_AT + STAGES * TILE_BYTES;
+constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
+constexpr u32 SHARED_BYTES = V_RING_AT + StageRing::BYTES;
+static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
+static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
+
+/// What this block computes.
+struct Work {
+    u32 batch;
+    u32 head;
+    u32 kv_head;
+    /// First row of the block.
+    u32 row;
+};
+
+DEVICE Work decode_work(const AttnParams& params) {
+    const u32 block = blockIdx.x % params.row_blocks;
+    const u32 head = blockIdx.x / params.row_blocks;
+    Work work;
+    work.batch = head / params.q_heads;
+    work.head = head % params.q_heads;
+    work.kv_head = work.batch * (params.q_heads / params.q_heads_per_kv_head) + work.head / params.q_heads_per_kv_head;
+    // With a causal mask the last rows see the most keys: the longest blocks of a head start first.
+    work.row = (CAUSAL ? params.row_blocks - 1 - block : block) * (CONSUMERS * ROWS);
+    return work;
+}
+
+/// Tiles that rows [row, row + ROWS) see at least one key of.
+DEVICE int visible_tiles(const AttnParams& params, u32 row) {
+    return (last_visible_key<CAUSAL>(static_cast<i64>(row) + ROWS - 1, params.diagonal, params.kv_len) + TILE_KEYS) / TILE_KEYS;
+}
+
+/// Tiles that rows [row, row + ROWS) see every key of.
+DEVICE int unmasked_tiles(const AttnParams& params, u32 row) {
+    return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
+}
+
+/// S = Q K^T, exact in s32.
+DEVICE void multiply_qk(i32 (&scores)[64], u64 q, u64 k) {
+#pragma unroll
+    for (int slice = 0; slice < HEAD_DIM / 32; ++slice) {
+        const u64 a = q + slice_offset<ROWS, HEAD_DIM>(slice) / 16;
+        const u64 b = k + slice_offset<TILE_KEYS, HEAD_DIM>(slice) / 16;
+        if (slice == 0) {
+            wgmma_m64n128k32_s8<false>(scores, a, b);
+        } else {
+            wgmma_m64n128k32_s8<true>(scores, a, b);
+        }
+    }
+}
+
+template <bool accumulate>
+DEVICE void multiply_slice(i32 (&partial)[64], const u32* p, u64 v) {
+    if constexpr (PANEL == 64) {
+        wgmma_m64n64k32_e4m3<accumulate>(partial, p[0], p[1], p[2], p[3], v);
+    } else {
+        wgmma_m64n128k32_e4m3<accumulate>(partial, p[0], p[1], p[2], p[3], v);
+    }
+}
+
+/// T = P V for one panel of channels.
+DEVICE void multiply_pv(i32 (&partial)[64], const u32 (&p)[16], u64 v) {
+    multiply_slice<false>(partial, p, v);
+#pragma unroll
+    for (int slice = 1; slice < TILE_KEYS / 32; ++slice) {
+        multiply_slice<true>(partial, p + 4 * slice, v + slice_offset<PANEL, TILE_KEYS>(slice) / 16);
+    }
+}
+
+/// Streams the block's tiles, last to first.
+DEVICE void produce(const AttnParams& params, const Work& work, u32 shared, StageRing k_ring, StageRing v_ring, int tiles) {
+    const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
+    StageCursor at;
+    for (int tile = tiles - 1; tile >= 0; --tile) {
+        k_ring.open(at, TILE_BYTES + SCALE_BYTES);
+        bulk_copy_to_shared(shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, k_ring.full(at.stage));
+        bulk_copy_to_shared(shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, k_ring.full(at.stage));
+        v_ring.open(at, TILE_BYTES);
+        bulk_copy_to_shared(shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, v_ring.full(at.stage));
+        at.advance();
+    }
+}
+
+/// The part of q . k that smoothing took out of the scores, of which each lane of a quad sums its octets.
+DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* row, int lane) {
+    float sum = 0.f;
+    if (row) {
+        const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
+        for (int octet = lane % 4; octet < HEAD_DIM / OCTET; octet += 4) {
+            float x[OCTET];
+            load_octet<IN_T>(x, row, octet, params.head_dim);
+#pragma unroll
+            for (int i = 0; i < OCTET; ++i) sum = fmaf(x[i], mean[octet * OCTET + i], sum);
+        }
+    }
+    return params.softmax_scale * quad_sum(sum);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {
+    extern __shared__ __align__(1024) u8 dynamic_shared[];
+    const u32 shared = shared_address(dynamic_shared);
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
+    const int warp = threadIdx.x / 32 % 4;
+    const int lane = threadIdx.x % 32;
+
+    const Work work = decode_work(params);
+    const int tiles = visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
+    const StageRing k_ring{shared + K_RING_AT}, v_ring{shared + V_RING_AT};
+    if (threadIdx.x == 0) {
+        if (shared % 1024 != 0) __trap();
+        k_ring.init(4 * CONSUMERS);
+        v_ring.init(4 * CONSUMERS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warpgroup == CONSUMERS) {
+        release_registers_down_to<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMERS * WARPGROUP) {
+            wait_for_previous_launch();
+            produce(params, work, shared, k_ring, v_ring, tiles);
+        }
+        return;
+    }
+    take_registers_up_to<CONSUMER_REGISTERS>();
+
+    // Q: this lane's two rows, their codes in the warpgroup's slab, and what turns a score times a K scale into a base-2 logit.
+    const u32 first_row = work.row + warpgroup * ROWS;
+    const u32 slab = shared + warpgroup * Q_SLAB;
+    u32 row[2];
+    const u8* q_row[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        row[h] = first_row + 16 * warp + lane / 4 + 8 * h;
+        q_row[h] = row[h] < params.q_len ? row_address<IN_T>(params.q, params.q_stride, work.batch, work.head, row[h]) : nullptr;
+    }
+    const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
+    const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, warp, lane, q_row, params.head_dim, sign);
+    const float q_multiplier = fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
+    fence_async_proxy();
+    named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
+    wait_for_previous_launch();
+
+    const u64 q = operand_descriptor<HEAD_DIM>(slab);
+    const u64 k_stages = operand_descriptor<HEAD_DIM>(shared + K_AT);
+    const u64 v_stages = operand_descriptor<TILE_KEYS>(shared + V_AT);
+    const u32 lane_scale = shared + SCALES_AT + lane % 4 * sizeof(float);
+    const bool elected = lane == 0;
+
+    i32 scores[64];
+    float output[PANELS][PANEL / 2] = {};
+    RowState rows;
+    float multiplier = 0.f;
+    StageCursor k_at, v_at;
+    Turns<CONSUMERS> turns(warpgroup, tiles);
+
+    const auto issue_qk = [&]() {
+        k_ring.wait(k_at);
+        wgmma_fence();
+        multiply_qk(scores, q, k_stages + k_at.stage * (TILE_BYTES / 16));
+        wgmma_commit();
+    };
+    const auto finish_qk = [&]() {
+        multiplier = fminf(q_multiplier * load_shared_float(lane_scale + k_at.stage * SCALE_BYTES), LARGEST_MULTIPLIER);
+        wgmma_wait<0>();
+        wgmma_result(scores);
+        k_ring.release(k_at, elected);
+        k_at.advance();
+    };
+    const auto hide = [&](float (&logits)[64], int tile) {
+        i32 past[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) past[h] = last_visible_key<CAUSAL>(row[h], params.diagonal, params.kv_len) - tile * TILE_KEYS - 2 * (lane % 4);
+        hide_keys(logits, past);
+    };
+    const auto raise = [&](const float (&logits)[64]) {
+        float shrink[2];
+        raise_reference(shrink, rows, logits, multiplier);
+#pragma unroll
+        for (auto& panel : output) {
+#pragma unroll
+            for (int i = 0; i < PANEL / 2; ++i) panel[i] *= shrink[i / 2 % 2];
+        }
+    };
+    const auto attend_tile = [&](auto masked, int tile) {
+        constexpr bool hidden = decltype(masked)::value;
+        float logits[64];
+        scores_to_float(logits, scores);
+        if constexpr (hidden) hide(logits, tile);
+        // P, with the reference that the rows have, or with a higher one where that might saturate.
+        u32 p[16];
+        float tile_sum[2];
+        exponentials<hidden, false>(p, tile_sum, logits, multiplier, rows.reference);
+        if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
+            raise(logits);
+            exponentials<hidden, true>(p, tile_sum, logits, multiplier, rows.reference);
+        }
+        rows.sum[0] += tile_sum[0];
+        rows.sum[1] += tile_sum[1];
+
+        // O += P V, then the next scores.
+        turns.wait();
+        v_ring.wait(v_at);
+#pragma unroll
+        for (int panel = 0; panel < PANELS; ++panel) {
+            wgmma_fence();
+            multiply_pv(scores, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_result(scores);
+#pragma unroll
+            for (int i = 0; i < PANEL / 2; ++i) output[panel][i] += __int_as_float(scores[i]);
+        }
+        v_ring.release(v_at, elected);
+        v_at.advance();
+        if (tile > 0) {
+            issue_qk();
+            turns.pass();
+            finish_qk();
+        } else {
+            turns.pass();
+        }
+    };
+
+    // Tiles that only other warpgroups of the block see.
+    const int own_tiles = visible_tiles(params, first_row);
+    for (int tile = tiles; tile > own_tiles; --tile) {
+        turns.wait();
+        k_ring.wait(k_at);
+        k_ring.release(k_at, elected);
+        k_at.advance();
+        v_ring.wait(v_at);
+        v_ring.release(v_at, elected);
+        v_at.advance();
+        turns.pass();
+    }
+    if (own_tiles > 0) {
+        int tile = own_tiles - 1;
+        const int first_unmasked = unmasked_tiles(params, first_row) - 1;
+        issue_qk();
+        finish_qk();
+        float logits[64];
+        scores_to_float(logits, scores);
+        if (tile > first_unmasked) hide(logits, tile);
+        raise(logits);
+        for (; tile > first_unmasked; --tile) attend_tile(Masked{}, tile);
+#pragma unroll 1
+        for (; tile >= 0; --tile) attend_tile(Unmasked{}, tile);
+    }
+
+    // O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
+    const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float sum = quad_sum(rows.sum[h]);
+        const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+        u8* const o_row = q_row[h] ? const_cast<u8*>(row_address<IN_T>(params.o, params.o_stride, work.batch, work.head, row[h])) : nullptr;
+#pragma unroll
+        for (int column = 0; column < HEAD_DIM; column += 32) {
+            float x[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int word = column % PANEL / 2 + i / 2 * 4 + 2 * h + i % 2;
+                x[i] = output[column / PANEL][word] * (normalize * v_scales[column + i / 2 * 8 + 2 * (lane % 4) + i % 2]);
+            }
+            store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
+        }
+        if constexpr (LSE) {
+            const float mean_part = mean_logit(params, work, q_row[h], lane);
+            if (q_row[h] && lane % 4 == 0) {
+                const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
+                params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row[h]] = logarithm;
+            }
+        }
+    }
+}
