@@ -44,8 +44,10 @@ struct PrepareParams {
     /// Keys that the mean is taken over: kv_len, or fewer for evenly spaced ones (key floor(i * kv_len / samples), i < samples).
     u32 samples;
     u32 reserved;
+    /// The counter that the attention blocks draw their work from; kv_encode sets it to 0.
+    u32* next_work;
 };
-static_assert(sizeof(PrepareParams) == 152, "PrepareParams in src/abi.rs has the same size");
+static_assert(sizeof(PrepareParams) == 160, "PrepareParams in src/abi.rs has the same size");
 
 /// Parameters of `attn_i8_f8_sm90`.
 struct AttnParams {
@@ -76,5 +78,10 @@ struct AttnParams {
     float softmax_scale;
     /// With CAUSAL, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for bottom-right.
     i64 diagonal;
+    /// Counter of the next block of rows; 0 before the launch and after it.
+    u32* next_work;
+    /// batch * q_heads * row_blocks.
+    u32 works;
+    u32 reserved;
 };
-static_assert(sizeof(AttnParams) == 152, "AttnParams in src/abi.rs has the same size");
+static_assert(sizeof(AttnParams) == 168, "AttnParams in src/abi.rs has the same size");

@@ -22,11 +22,21 @@ DEVICE Scale scale_from_amax(float amax, float largest_code) {
     return {value, __fdiv_rn(1.f, value)};
 }
 
-/// Eight codes of one row, rounded half to even and saturated.
-DEVICE void encode_s8(u32 (&word)[2], const float (&x)[8], float inverse) {
-    i32 code[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = round_half_even(x[i] * inverse);
-    word[0] = pack_s8(code[0], code[1], code[2], code[3]);
-    word[1] = pack_s8(code[4], code[5], code[6], code[7]);
+/// x * by, rounded half to even, in the low byte: 1.5 * 2^23 leaves no bits for a fraction. |x * by| is at most 127 and a few ulp, since `by` comes
+/// from the largest |x|, so that nothing saturates.
+DEVICE u32 low_byte_code(float x, float by) {
+    constexpr float no_fraction = 12582912.f;
+    return __float_as_uint(__fadd_rn(__fmul_rn(x, by), no_fraction));
+}
+
+DEVICE u32 encode_four_s8(const float* x, float by) {
+    const u32 low = pick_bytes<0x0040>(low_byte_code(x[0], by), low_byte_code(x[1], by));
+    const u32 high = pick_bytes<0x0040>(low_byte_code(x[2], by), low_byte_code(x[3], by));
+    return pick_bytes<0x5410>(low, high);
+}
+
+/// Eight codes of one row.
+DEVICE void encode_s8(u32 (&word)[2], const float (&x)[8], float by) {
+    word[0] = encode_four_s8(x, by);
+    word[1] = encode_four_s8(x + 4, by);
 }

@@ -7,14 +7,14 @@
 // P = 2^(s c - m), where m is the reference of the row. e4m3 keeps its relative precision over 15 binades below 448, so m need not be the running
 // maximum: it only has to keep P in range. It is set P_START_LOG2 below the maximum of the row's first tile and moves when a thread's sum of P
 // exceeds 448: P >= 0, so a sum that does not is proof that no P saturates. That sum is needed for the row sum anyway, so the maximum, its
-// shuffles and the rescaling of O leave the loop. Where it fires, the whole warp takes the true maximum and redoes the tile from the scores.
+// shuffles and the rescaling of O leave the loop. Where it fires, the row takes the tile's true maximum and its warp redoes P from the scores.
 #pragma once
 #include "attn/mask.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 
 /// log2 of P at the row's maximum when m is set. An exact power of two, so that the largest P rounds to itself.
-constexpr float P_START_LOG2 = 5.f;
+constexpr float P_START_LOG2 = 4.f;
 /// No P above it: 2^8.8 < 448.
 constexpr float P_LIMIT_LOG2 = 8.8f;
 /// m of a row that has seen no key. Finite, so that no difference of two references is NaN.
@@ -70,18 +70,21 @@ DEVICE void exponentials(u32 (&p)[16], float (&tile_sum)[2], const float (&score
     }
 }
 
-/// Moves each row's reference to P_START_LOG2 below the maximum of this tile, if that is higher, and gives the factors by which sums and O shrink.
+/// Moves the references of the rows that `must` move, and gives the factors by which sums and O shrink: to P_START_LOG2 below the maximum of this
+/// tile, or where that is no higher (P is small, but there is much of it) two binades up, which four times the sum fits in again.
 /// The products round down: a row's largest logit is then never below its maximum, so its P cannot vanish however large the logits are.
-DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const float (&scores)[64], float c) {
+DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&must)[2], const float (&scores)[64], float c) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float top = HIDDEN;
 #pragma unroll
         for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * row], scores[4 * j + 2 * row + 1]));
         const float maximum = quad_max(top == HIDDEN ? NO_REFERENCE : mul_round_down(top, c));
-        const float raised = fmaxf(rows.reference[row], sub_round_down(maximum, P_START_LOG2));
-        shrink[row] = exp2_approx(rows.reference[row] - raised);
-        rows.reference[row] = raised;
+        const float from_maximum = sub_round_down(maximum, P_START_LOG2);
+        const float before = rows.reference[row];
+        const float after = !must[row] ? before : from_maximum > before ? from_maximum : before + 2.f;
+        shrink[row] = exp2_approx(before - after);
+        rows.reference[row] = after;
         rows.sum[row] *= shrink[row];
     }
 }

@@ -37,21 +37,11 @@ DEVICE float to_float(i32 x) {
     return y;
 }
 
-/// Nearest integer, ties to even. PTX ISA 9.7.9.21, cvt.
-DEVICE i32 round_half_even(float x) {
-    i32 y;
-    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
-}
-
-/// Four integers as signed bytes, the first in the lowest, saturated. PTX ISA 9.7.9.22, cvt.pack.
-DEVICE u32 pack_s8(i32 a, i32 b, i32 c, i32 d) {
+/// Bytes of two words, picked by the nibbles of `selector`. PTX ISA 9.7.9.7, prmt.
+template <u32 selector>
+DEVICE u32 pick_bytes(u32 a, u32 b) {
     u32 word;
-    asm("{ .reg .b32 high;\n"
-        "cvt.pack.sat.s8.s32.b32 high, %4, %3, 0;\n"
-        "cvt.pack.sat.s8.s32.b32 %0, %2, %1, high; }"
-        : "=r"(word)
-        : "r"(a), "r"(b), "r"(c), "r"(d));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "n"(selector));
     return word;
 }
 

@@ -14,6 +14,7 @@
 #include "abi.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
+#include "quant/operations.cuh"
 #include "tile/elements.cuh"
 #include "tile/swizzle.cuh"
 
@@ -39,6 +40,21 @@ struct Place {
     u32 tile;
 };
 
+/// Joins the pieces' values of channel threadIdx.x, in order. The loads of eight pieces are in flight together.
+template <class Operation>
+DEVICE float join_pieces(const float* of_all_heads, const PrepareParams& params, const Place& place) {
+    const float* const from = of_all_heads + static_cast<u64>(place.head) * params.pieces * HEAD_DIM + threadIdx.x;
+    float total = 0.f;
+    for (u32 first = 0; first < params.pieces; first += 8) {
+        float x[8];
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) x[i] = first + i < params.pieces ? from[(first + i) * HEAD_DIM] : 0.f;
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) total = Operation::join(total, x[i]);
+    }
+    return total;
+}
+
 DEVICE void encode_k(const PrepareParams& params, const Place& place) {
     __shared__ float mean[HEAD_DIM];
     __shared__ u32 amax_bits[K_GROUPS];
@@ -46,33 +62,28 @@ DEVICE void encode_k(const PrepareParams& params, const Place& place) {
     const int first_key = threadIdx.x / OCTETS;
     const u32 keys = min(params.kv_len - place.tile * TILE_KEYS, static_cast<u32>(TILE_KEYS));
 
-    float x[KEYS][OCTET];
+    RawOctet<IN_T> raw[KEYS];
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) {
         const u32 key = first_key + KEY_STEP * i;
-        if (key < keys) {
-            const i64 row = static_cast<i64>(place.tile) * TILE_KEYS + key;
-            load_octet<IN_T>(x[i], row_address<IN_T>(params.k, params.k_stride, place.batch, place.kv_head, row), octet, params.head_dim);
-        }
+        const i64 row = static_cast<i64>(place.tile) * TILE_KEYS + key;
+        raw[i] = load_octet<IN_T>(row_address<IN_T>(params.k, params.k_stride, place.batch, place.kv_head, row), octet, params.head_dim, key < keys);
     }
     wait_for_previous_launch();
     if (threadIdx.x < HEAD_DIM) {
         float sum = 0.f;
-        if constexpr (SMOOTH) {
-            for (u32 piece = 0; piece < params.pieces; ++piece) {
-                sum += params.k_sums[(static_cast<u64>(place.head) * params.pieces + piece) * HEAD_DIM + threadIdx.x];
-            }
-            sum = __fdiv_rn(sum, static_cast<float>(params.samples));
-        }
+        if constexpr (SMOOTH) sum = __fdiv_rn(join_pieces<Add>(params.k_sums, params, place), static_cast<float>(params.samples));
         mean[threadIdx.x] = sum;
         if (place.tile == 0) params.k_mean[static_cast<u64>(place.head) * HEAD_DIM + threadIdx.x] = sum;
     }
     if (threadIdx.x < K_GROUPS) amax_bits[threadIdx.x] = 0;
     __syncthreads();
 
+    float x[KEYS][OCTET];
     float amax = 0.f;
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) {
+        widen(x[i], raw[i]);
 #pragma unroll
         for (int e = 0; e < OCTET; ++e) {
             x[i][e] = first_key + KEY_STEP * i < keys ? x[i][e] - mean[octet * OCTET + e] : 0.f;
@@ -108,7 +119,7 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
     const u32 keys = min(params.kv_len - place.tile * TILE_KEYS, static_cast<u32>(TILE_KEYS));
 
     // A warp takes 8 octets of the 4 words of 16 keys.
-    float x[WORD_ROUNDS][4][OCTET];
+    RawOctet<IN_T> raw[WORD_ROUNDS][4];
 #pragma unroll
     for (int round = 0; round < WORD_ROUNDS; ++round) {
         const int part = warp * WORD_ROUNDS + round;
@@ -117,21 +128,13 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const u32 key = pair + i % 2 + i / 2 * 8;
-            if (key < keys) {
-                const i64 row = static_cast<i64>(place.tile) * TILE_KEYS + key;
-                load_octet<IN_T>(x[round][i], row_address<IN_T>(params.v, params.v_stride, place.batch, place.kv_head, row), octet, params.head_dim);
-            } else {
-#pragma unroll
-                for (float& element : x[round][i]) element = 0.f;
-            }
+            const i64 row = static_cast<i64>(place.tile) * TILE_KEYS + key;
+            raw[round][i] = load_octet<IN_T>(row_address<IN_T>(params.v, params.v_stride, place.batch, place.kv_head, row), octet, params.head_dim, key < keys);
         }
     }
     wait_for_previous_launch();
     if (threadIdx.x < HEAD_DIM) {
-        float amax = 0.f;
-        for (u32 piece = 0; piece < params.pieces; ++piece) {
-            amax = fmaxf(amax, params.v_maxima[(static_cast<u64>(place.head) * params.pieces + piece) * HEAD_DIM + threadIdx.x]);
-        }
+        const float amax = join_pieces<LargestMagnitude>(params.v_maxima, params, place);
         const Scale scale = scale_from_amax(amax, LARGEST_E4M3);
         inverse[threadIdx.x] = scale.inverse;
         if (place.tile == 0) params.v_scales[static_cast<u64>(place.head) * HEAD_DIM + threadIdx.x] = scale.value;
@@ -144,12 +147,14 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
         const int part = warp * WORD_ROUNDS + round;
         const int octet = part / 8 * 8 + lane % 8;
         const int chunk = part % 8 ^ octet % 8;
+        float x[4][OCTET];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) widen(x[i], raw[round][i]);
 #pragma unroll
         for (int e = 0; e < OCTET; ++e) {
             const int channel = octet * OCTET + e;
             const float by = inverse[channel];
-            const float(&keys_of)[4][OCTET] = x[round];
-            turned[channel][chunk * 4 + lane / 8] = pack_e4m3(keys_of[0][e] * by, keys_of[1][e] * by, keys_of[2][e] * by, keys_of[3][e] * by);
+            turned[channel][chunk * 4 + lane / 8] = pack_e4m3(x[0][e] * by, x[1][e] * by, x[2][e] * by, x[3][e] * by);
         }
     }
     __syncthreads();
@@ -173,6 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kv_encode(const __grid_con
     place.head = block / params.tiles;
     place.batch = place.head / params.kv_heads;
     place.kv_head = place.head % params.kv_heads;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *params.next_work = 0;
     if (blockIdx.x % 2) {
         encode_v(params, place);
     } else {

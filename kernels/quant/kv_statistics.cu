@@ -10,6 +10,7 @@
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH 0 (k_sums is not written) or 1.
 #include "abi.cuh"
 #include "ptx/sync.cuh"
+#include "quant/operations.cuh"
 #include "tile/elements.cuh"
 
 constexpr int THREADS = 256;
@@ -18,17 +19,6 @@ constexpr int ROW_STEP = THREADS / OCTETS;
 /// Keys that a thread has in flight: 8 loads of 16 bytes a thread keep the memory busy.
 constexpr int IN_FLIGHT = 8;
 static_assert(THREADS % OCTETS == 0 && HEAD_DIM <= THREADS, "one thread for each channel of the result");
-
-struct Add {
-    DEVICE static float join(float total, float x) {
-        return total + x;
-    }
-};
-struct LargestMagnitude {
-    DEVICE static float join(float total, float x) {
-        return fmaxf(total, fabsf(x));
-    }
-};
 
 using PartialRows = float[ROW_STEP][HEAD_DIM];
 
@@ -39,21 +29,18 @@ DEVICE void reduce_keys(float* result, PartialRows& partial, const void* base, c
     const int lane_row = threadIdx.x / OCTETS;
     float total[OCTET] = {};
     for (u32 first = begin + lane_row; first < end; first += IN_FLIGHT * ROW_STEP) {
-        float x[IN_FLIGHT][OCTET];
+        RawOctet<IN_T> raw[IN_FLIGHT];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
             const u32 at = first + i * ROW_STEP;
-            if (at < end) {
-                load_octet<IN_T>(x[i], row_address<IN_T>(base, stride, batch, head, key(at)), octet, head_dim);
-            } else {
-#pragma unroll
-                for (float& element : x[i]) element = 0.f;
-            }
+            raw[i] = load_octet<IN_T>(row_address<IN_T>(base, stride, batch, head, key(at)), octet, head_dim, at < end);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
+            float x[OCTET];
+            widen(x, raw[i]);
 #pragma unroll
-            for (int e = 0; e < OCTET; ++e) total[e] = Operation::join(total[e], x[i][e]);
+            for (int e = 0; e < OCTET; ++e) total[e] = Operation::join(total[e], x[e]);
         }
     }
 #pragma unroll

@@ -11,20 +11,21 @@
 template <class T, int width>
 DEVICE float quantize_q_rows(u32 slab, int warp, int lane, const u8* const (&rows)[2], int head_dim, float sign) {
     constexpr int octets = width / OCTET / 4;
-    float x[2][octets][OCTET];
+    RawOctet<T> raw[2][octets];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < octets; ++i) raw[h][i] = load_octet<T>(rows[h], lane % 4 + 4 * i, head_dim, rows[h] != nullptr);
+    }
+    float x[OCTET];
     float amax = 0.f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int i = 0; i < octets; ++i) {
-            if (rows[h]) {
-                load_octet<T>(x[h][i], rows[h], lane % 4 + 4 * i, head_dim);
-            } else {
+            widen(x, raw[h][i]);
 #pragma unroll
-                for (float& element : x[h][i]) element = 0.f;
-            }
-#pragma unroll
-            for (const float element : x[h][i]) amax = fmaxf(amax, fabsf(element));
+            for (const float element : x) amax = fmaxf(amax, fabsf(element));
         }
     }
     const Scale scale = scale_from_amax(quad_max(amax), LARGEST_S8);
@@ -33,7 +34,8 @@ DEVICE float quantize_q_rows(u32 slab, int warp, int lane, const u8* const (&row
 #pragma unroll
         for (int i = 0; i < octets; ++i) {
             u32 word[2];
-            encode_s8(word, x[h][i], sign * scale.inverse);
+            widen(x, raw[h][i]);
+            encode_s8(word, x, sign * scale.inverse);
             const int row = 16 * warp + lane / 4 + 8 * h;
             store_shared_8_bytes(slab + swizzled<64, width>(row, (lane % 4 + 4 * i) * OCTET), word[0], word[1]);
         }

@@ -2,14 +2,15 @@
 //
 //   O[b, h, r, :] = softmax_n(scale q_r . k_n) V,   LSE[b, h, r] = ln sum_n exp(scale q_r . k_n)
 //
-// Problem   q, o: [batch, q_heads, q_len, head_dim] of IN_T, strided; K and V as codes from kv_encode. One block: CONSUMERS x 64 rows of one head.
+// Problem   q, o: [batch, q_heads, q_len, head_dim] of IN_T, strided; K and V as codes from kv_encode. A work: CONSUMERS x 64 rows of one head.
 // Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
 //           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits).
-// Roles     one producer thread streams tiles of K and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then
-//           takes the tiles from the last to the first, so that the masked ones come first and the loop after them has no mask.
+// Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
+//           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles from the last to the
+//           first, so that the masked ones come first and the loop after them has no mask.
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j - 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
-// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers
+// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers | works
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax.cuh"
@@ -37,6 +38,10 @@ constexpr int PANELS = HEAD_DIM / PANEL;
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
+/// The producer draws work ahead of the consumers.
+constexpr int WORK_SLOTS = 2;
+using WorkRing = Ring<WORK_SLOTS>;
+using WorkCursor = Cursor<WORK_SLOTS>;
 
 constexpr u32 Q_SLAB = ROWS * HEAD_DIM;
 constexpr u32 K_AT = CONSUMERS * Q_SLAB;
@@ -44,27 +49,28 @@ constexpr u32 V_AT = K_AT + STAGES * TILE_BYTES;
 constexpr u32 SCALES_AT = V_AT + STAGES * TILE_BYTES;
 constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
 constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
-constexpr u32 SHARED_BYTES = V_RING_AT + StageRing::BYTES;
+constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
+constexpr u32 WORK_AT = WORK_RING_AT + WorkRing::BYTES;
+constexpr u32 SHARED_BYTES = WORK_AT + WORK_SLOTS * sizeof(u32);
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
 static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
 
-/// What this block computes.
+/// CONSUMERS x 64 rows of one head.
 struct Work {
     u32 batch;
     u32 head;
     u32 kv_head;
-    /// First row of the block.
     u32 row;
 };
 
-DEVICE Work decode_work(const AttnParams& params) {
-    const u32 block = blockIdx.x % params.row_blocks;
-    const u32 head = blockIdx.x / params.row_blocks;
+DEVICE Work decode_work(const AttnParams& params, u32 index) {
+    const u32 block = index % params.row_blocks;
+    const u32 head = index / params.row_blocks;
     Work work;
     work.batch = head / params.q_heads;
     work.head = head % params.q_heads;
     work.kv_head = work.batch * (params.q_heads / params.q_heads_per_kv_head) + work.head / params.q_heads_per_kv_head;
-    // With a causal mask the last rows see the most keys: the longest blocks of a head start first.
+    // With a causal mask the last rows see the most keys: the longest works of a head start first.
     work.row = (CAUSAL ? params.row_blocks - 1 - block : block) * (CONSUMERS * ROWS);
     return work;
 }
@@ -111,210 +117,261 @@ DEVICE void multiply_pv(i32 (&partial)[64], const u32 (&p)[16], u64 v) {
     }
 }
 
-/// Streams the block's tiles, last to first.
-DEVICE void produce(const AttnParams& params, const Work& work, u32 shared, StageRing k_ring, StageRing v_ring, int tiles) {
-    const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
+/// Tiles that the rows of a work see, together.
+DEVICE int tiles_of_work(const AttnParams& params, const Work& work) {
+    return visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
+}
+
+/// The rings of a block and what they carry.
+struct Pipeline {
+    u32 shared;
+
+    DEVICE StageRing k() const {
+        return {shared + K_RING_AT};
+    }
+    DEVICE StageRing v() const {
+        return {shared + V_RING_AT};
+    }
+    DEVICE WorkRing work() const {
+        return {shared + WORK_RING_AT};
+    }
+};
+
+/// Draws works until there are none, publishes each, and streams its tiles, last to first.
+DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
     StageCursor at;
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-        k_ring.open(at, TILE_BYTES + SCALE_BYTES);
-        bulk_copy_to_shared(shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, k_ring.full(at.stage));
-        bulk_copy_to_shared(shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, k_ring.full(at.stage));
-        v_ring.open(at, TILE_BYTES);
-        bulk_copy_to_shared(shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, v_ring.full(at.stage));
-        at.advance();
+    WorkCursor work_at;
+    for (u32 index = blockIdx.x;; index = gridDim.x + atomic_increment(params.next_work, params.works - 1)) {
+        mbarrier_wait(pipeline.work().empty(work_at.stage), work_at.parity ^ 1);
+        store_shared_word(pipeline.shared + WORK_AT + work_at.stage * sizeof(u32), index);
+        mbarrier_arrive(pipeline.work().full(work_at.stage));
+        work_at.advance();
+        if (index >= params.works) return;
+
+        const Work work = decode_work(params, index);
+        const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
+        for (int tile = tiles_of_work(params, work) - 1; tile >= 0; --tile) {
+            const u32 k_full = pipeline.k().full(at.stage), v_full = pipeline.v().full(at.stage);
+            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES);
+            bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, k_full);
+            bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, k_full);
+            pipeline.v().open(at, TILE_BYTES);
+            bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, v_full);
+            at.advance();
+        }
     }
 }
 
 /// The part of q . k that smoothing took out of the scores, of which each lane of a quad sums its octets.
 DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* row, int lane) {
+    const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
     float sum = 0.f;
-    if (row) {
-        const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
-        for (int octet = lane % 4; octet < HEAD_DIM / OCTET; octet += 4) {
-            float x[OCTET];
-            load_octet<IN_T>(x, row, octet, params.head_dim);
+#pragma unroll 2
+    for (int octet = lane % 4; octet < HEAD_DIM / OCTET; octet += 4) {
+        float x[OCTET];
+        widen(x, load_octet<IN_T>(row, octet, params.head_dim, row != nullptr));
 #pragma unroll
-            for (int i = 0; i < OCTET; ++i) sum = fmaf(x[i], mean[octet * OCTET + i], sum);
-        }
+        for (int i = 0; i < OCTET; ++i) sum = fmaf(x[i], mean[octet * OCTET + i], sum);
     }
     return params.softmax_scale * quad_sum(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {
-    extern __shared__ __align__(1024) u8 dynamic_shared[];
-    const u32 shared = shared_address(dynamic_shared);
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
+/// Address of a query's row in q or o, null past the last.
+DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&stride)[3], const Work& work, u32 row) {
+    return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
+}
+
+DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) {
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;
+    const bool elected = lane == 0;
+    const StageRing k_ring = pipeline.k(), v_ring = pipeline.v();
+    const u32 slab = pipeline.shared + warpgroup * Q_SLAB;
+    const u64 q = operand_descriptor<HEAD_DIM>(slab);
+    const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
+    const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
+    const u32 lane_scale = pipeline.shared + SCALES_AT + lane % 4 * sizeof(float);
+    const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
+    StageCursor k_at, v_at;
+    WorkCursor work_at;
+    turns.open();
 
-    const Work work = decode_work(params);
-    const int tiles = visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
-    const StageRing k_ring{shared + K_RING_AT}, v_ring{shared + V_RING_AT};
+    for (;;) {
+        pipeline.work().wait(work_at);
+        const u32 index = load_shared_word(pipeline.shared + WORK_AT + work_at.stage * sizeof(u32));
+        pipeline.work().release(work_at, elected);
+        work_at.advance();
+        if (index >= params.works) break;
+        const Work work = decode_work(params, index);
+
+        // Q: this lane's two rows, their codes in the warpgroup's slab, and what turns a score times a K scale into a base-2 logit.
+        const u32 first_row = work.row + warpgroup * ROWS;
+        u32 row[2];
+        const u8* q_row[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            row[h] = first_row + 16 * warp + lane / 4 + 8 * h;
+            q_row[h] = query_row(params, params.q, params.q_stride, work, row[h]);
+        }
+        const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
+        const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, warp, lane, q_row, params.head_dim, sign);
+        const float q_multiplier = fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
+        fence_async_proxy();
+        named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
+
+        i32 scores[64];
+        float output[HEAD_DIM / 2] = {};
+        RowState rows;
+        float multiplier = 0.f;
+
+        const auto issue_qk = [&]() {
+            k_ring.wait(k_at);
+            wgmma_fence();
+            multiply_qk(scores, q, k_stages + k_at.stage * (TILE_BYTES / 16));
+            wgmma_commit();
+        };
+        const auto finish_qk = [&]() {
+            multiplier = fminf(q_multiplier * load_shared_float(lane_scale + k_at.stage * SCALE_BYTES), LARGEST_MULTIPLIER);
+            wgmma_wait<0>();
+            wgmma_result(scores);
+            k_ring.release(k_at, elected);
+            k_at.advance();
+        };
+        const auto hide = [&](float (&logits)[64], int tile) {
+            i32 past[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) past[h] = last_visible_key<CAUSAL>(row[h], params.diagonal, params.kv_len) - tile * TILE_KEYS - 2 * (lane % 4);
+            hide_keys(logits, past);
+        };
+        const auto raise = [&](const bool (&must)[2], const float (&logits)[64]) {
+            float shrink[2];
+            raise_reference(shrink, rows, must, logits, multiplier);
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[i / 2 % 2];
+        };
+        const auto attend_tile = [&](auto masked, int tile) {
+            constexpr bool hidden = decltype(masked)::value;
+            float logits[64];
+            scores_to_float(logits, scores);
+            if constexpr (hidden) hide(logits, tile);
+            // P, with the reference that the rows have, or with a higher one where that might saturate.
+            u32 p[16];
+            float tile_sum[2];
+            exponentials<hidden, false>(p, tile_sum, logits, multiplier, rows.reference);
+            if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
+                const bool must[2] = {quad_max(tile_sum[0]) > LARGEST_E4M3, quad_max(tile_sum[1]) > LARGEST_E4M3};
+                raise(must, logits);
+                exponentials<hidden, true>(p, tile_sum, logits, multiplier, rows.reference);
+            }
+            rows.sum[0] += tile_sum[0];
+            rows.sum[1] += tile_sum[1];
+
+            // O += P V, then the next scores.
+            turns.wait();
+            v_ring.wait(v_at);
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel) {
+                wgmma_fence();
+                multiply_pv(scores, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_result(scores);
+#pragma unroll
+                for (int i = 0; i < PANEL / 2; ++i) output[panel * (PANEL / 2) + i] += __int_as_float(scores[i]);
+            }
+            v_ring.release(v_at, elected);
+            v_at.advance();
+            if (tile > 0) {
+                issue_qk();
+                turns.pass();
+                finish_qk();
+            } else {
+                turns.pass();
+            }
+        };
+
+        // Tiles that only other warpgroups of the block see.
+        const int own_tiles = visible_tiles(params, first_row);
+        for (int tile = tiles_of_work(params, work); tile > own_tiles; --tile) {
+            turns.wait();
+            k_ring.wait(k_at);
+            k_ring.release(k_at, elected);
+            k_at.advance();
+            v_ring.wait(v_at);
+            v_ring.release(v_at, elected);
+            v_at.advance();
+            turns.pass();
+        }
+        if (own_tiles > 0) {
+            int tile = own_tiles - 1;
+            const int first_unmasked = unmasked_tiles(params, first_row) - 1;
+            issue_qk();
+            finish_qk();
+            float logits[64];
+            scores_to_float(logits, scores);
+            if (tile > first_unmasked) hide(logits, tile);
+            raise({true, true}, logits);
+#pragma unroll 1
+            for (; tile > first_unmasked; --tile) attend_tile(Masked{}, tile);
+#pragma unroll 1
+            for (; tile >= 0; --tile) attend_tile(Unmasked{}, tile);
+        }
+
+        // O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
+        const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM + 2 * (lane % 4);
+        float2 channel_scale[HEAD_DIM / 8];
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i) channel_scale[i] = *reinterpret_cast<const float2*>(v_scales + 8 * i);
+        const float sum[2] = {quad_sum(rows.sum[0]), quad_sum(rows.sum[1])};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float normalize = sum[h] > 0.f ? __fdividef(1.f, sum[h]) : 0.f;
+            u8* const o_row = query_row(params, params.o, params.o_stride, work, row[h]);
+#pragma unroll
+            for (int column = 0; column < HEAD_DIM; column += 32) {
+                float x[8];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int word = column / 2 + 4 * i + 2 * h;
+                    x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i].x);
+                    x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i].y);
+                }
+                store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
+            }
+        }
+        if constexpr (LSE) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row[h]), lane);
+                const float logarithm = sum[h] > 0.f ? (rows.reference[h] + log2_approx(sum[h])) * LN_2 + mean_part : -__int_as_float(0x7f800000);
+                if (row[h] < params.q_len && lane % 4 == 0) {
+                    params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row[h]] = logarithm;
+                }
+            }
+        }
+    }
+    turns.close();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {
+    extern __shared__ __align__(1024) u8 dynamic_shared[];
+    const Pipeline pipeline{shared_address(dynamic_shared)};
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     if (threadIdx.x == 0) {
-        if (shared % 1024 != 0) __trap();
-        k_ring.init(4 * CONSUMERS);
-        v_ring.init(4 * CONSUMERS);
+        if (pipeline.shared % 1024 != 0) __trap();
+        pipeline.k().init(4 * CONSUMERS);
+        pipeline.v().init(4 * CONSUMERS);
+        pipeline.work().init(4 * CONSUMERS);
         mbarrier_init_fence();
     }
     __syncthreads();
+    wait_for_previous_launch();
 
     if (warpgroup == CONSUMERS) {
         release_registers_down_to<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMERS * WARPGROUP) {
-            wait_for_previous_launch();
-            produce(params, work, shared, k_ring, v_ring, tiles);
-        }
-        return;
-    }
-    take_registers_up_to<CONSUMER_REGISTERS>();
-
-    // Q: this lane's two rows, their codes in the warpgroup's slab, and what turns a score times a K scale into a base-2 logit.
-    const u32 first_row = work.row + warpgroup * ROWS;
-    const u32 slab = shared + warpgroup * Q_SLAB;
-    u32 row[2];
-    const u8* q_row[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        row[h] = first_row + 16 * warp + lane / 4 + 8 * h;
-        q_row[h] = row[h] < params.q_len ? row_address<IN_T>(params.q, params.q_stride, work.batch, work.head, row[h]) : nullptr;
-    }
-    const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
-    const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, warp, lane, q_row, params.head_dim, sign);
-    const float q_multiplier = fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
-    fence_async_proxy();
-    named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
-    wait_for_previous_launch();
-
-    const u64 q = operand_descriptor<HEAD_DIM>(slab);
-    const u64 k_stages = operand_descriptor<HEAD_DIM>(shared + K_AT);
-    const u64 v_stages = operand_descriptor<TILE_KEYS>(shared + V_AT);
-    const u32 lane_scale = shared + SCALES_AT + lane % 4 * sizeof(float);
-    const bool elected = lane == 0;
-
-    i32 scores[64];
-    float output[PANELS][PANEL / 2] = {};
-    RowState rows;
-    float multiplier = 0.f;
-    StageCursor k_at, v_at;
-    Turns<CONSUMERS> turns(warpgroup, tiles);
-
-    const auto issue_qk = [&]() {
-        k_ring.wait(k_at);
-        wgmma_fence();
-        multiply_qk(scores, q, k_stages + k_at.stage * (TILE_BYTES / 16));
-        wgmma_commit();
-    };
-    const auto finish_qk = [&]() {
-        multiplier = fminf(q_multiplier * load_shared_float(lane_scale + k_at.stage * SCALE_BYTES), LARGEST_MULTIPLIER);
-        wgmma_wait<0>();
-        wgmma_result(scores);
-        k_ring.release(k_at, elected);
-        k_at.advance();
-    };
-    const auto hide = [&](float (&logits)[64], int tile) {
-        i32 past[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) past[h] = last_visible_key<CAUSAL>(row[h], params.diagonal, params.kv_len) - tile * TILE_KEYS - 2 * (lane % 4);
-        hide_keys(logits, past);
-    };
-    const auto raise = [&](const float (&logits)[64]) {
-        float shrink[2];
-        raise_reference(shrink, rows, logits, multiplier);
-#pragma unroll
-        for (auto& panel : output) {
-#pragma unroll
-            for (int i = 0; i < PANEL / 2; ++i) panel[i] *= shrink[i / 2 % 2];
-        }
-    };
-    const auto attend_tile = [&](auto masked, int tile) {
-        constexpr bool hidden = decltype(masked)::value;
-        float logits[64];
-        scores_to_float(logits, scores);
-        if constexpr (hidden) hide(logits, tile);
-        // P, with the reference that the rows have, or with a higher one where that might saturate.
-        u32 p[16];
-        float tile_sum[2];
-        exponentials<hidden, false>(p, tile_sum, logits, multiplier, rows.reference);
-        if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
-            raise(logits);
-            exponentials<hidden, true>(p, tile_sum, logits, multiplier, rows.reference);
-        }
-        rows.sum[0] += tile_sum[0];
-        rows.sum[1] += tile_sum[1];
-
-        // O += P V, then the next scores.
-        turns.wait();
-        v_ring.wait(v_at);
-#pragma unroll
-        for (int panel = 0; panel < PANELS; ++panel) {
-            wgmma_fence();
-            multiply_pv(scores, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_result(scores);
-#pragma unroll
-            for (int i = 0; i < PANEL / 2; ++i) output[panel][i] += __int_as_float(scores[i]);
-        }
-        v_ring.release(v_at, elected);
-        v_at.advance();
-        if (tile > 0) {
-            issue_qk();
-            turns.pass();
-            finish_qk();
-        } else {
-            turns.pass();
-        }
-    };
-
-    // Tiles that only other warpgroups of the block see.
-    const int own_tiles = visible_tiles(params, first_row);
-    for (int tile = tiles; tile > own_tiles; --tile) {
-        turns.wait();
-        k_ring.wait(k_at);
-        k_ring.release(k_at, elected);
-        k_at.advance();
-        v_ring.wait(v_at);
-        v_ring.release(v_at, elected);
-        v_at.advance();
-        turns.pass();
-    }
-    if (own_tiles > 0) {
-        int tile = own_tiles - 1;
-        const int first_unmasked = unmasked_tiles(params, first_row) - 1;
-        issue_qk();
-        finish_qk();
-        float logits[64];
-        scores_to_float(logits, scores);
-        if (tile > first_unmasked) hide(logits, tile);
-        raise(logits);
-        for (; tile > first_unmasked; --tile) attend_tile(Masked{}, tile);
-#pragma unroll 1
-        for (; tile >= 0; --tile) attend_tile(Unmasked{}, tile);
-    }
-
-    // O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
-    const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const float sum = quad_sum(rows.sum[h]);
-        const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
-        u8* const o_row = q_row[h] ? const_cast<u8*>(row_address<IN_T>(params.o, params.o_stride, work.batch, work.head, row[h])) : nullptr;
-#pragma unroll
-        for (int column = 0; column < HEAD_DIM; column += 32) {
-            float x[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int word = column % PANEL / 2 + i / 2 * 4 + 2 * h + i % 2;
-                x[i] = output[column / PANEL][word] * (normalize * v_scales[column + i / 2 * 8 + 2 * (lane % 4) + i % 2]);
-            }
-            store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
-        }
-        if constexpr (LSE) {
-            const float mean_part = mean_logit(params, work, q_row[h], lane);
-            if (q_row[h] && lane % 4 == 0) {
-                const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
-                params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row[h]] = logarithm;
-            }
-        }
+        if (threadIdx.x == CONSUMERS * WARPGROUP) produce(params, pipeline);
+    } else {
+        take_registers_up_to<CONSUMER_REGISTERS>();
+        consume(params, pipeline, warpgroup);
     }
 }

@@ -1,4 +1,5 @@
 // The caller's tensors, eight elements at a time: f16, bf16 or f32 in memory, f32 in registers.
+// Constant: CUT_OCTET 1 where head_dim is no multiple of 8, so that its last octet is loaded and stored element by element.
 #pragma once
 #include "ptx/math.cuh"
 #include "ptx/memory.cuh"
@@ -16,50 +17,53 @@ struct F32 {
 /// Elements that one thread loads together: 16 bytes of a 16-bit type.
 constexpr int OCTET = 8;
 
-DEVICE float load_element(F16, const void* from) {
-    float low, high;
-    unpack_f16(*static_cast<const u16*>(from), low, high);
-    return low;
-}
-DEVICE float load_element(Bf16, const void* from) {
-    return __uint_as_float(static_cast<u32>(*static_cast<const u16*>(from)) << 16);
-}
-DEVICE float load_element(F32, const void* from) {
-    return *static_cast<const float*>(from);
-}
-
-DEVICE void load_full_octet(F16, float (&x)[OCTET], const u8* from) {
-    u32 word[4];
-    load_16_bytes(word, from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unpack_f16(word[i], x[2 * i], x[2 * i + 1]);
-}
-DEVICE void load_full_octet(Bf16, float (&x)[OCTET], const u8* from) {
-    u32 word[4];
-    load_16_bytes(word, from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unpack_bf16(word[i], x[2 * i], x[2 * i + 1]);
-}
-DEVICE void load_full_octet(F32, float (&x)[OCTET], const u8* from) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        u32 word[4];
-        load_16_bytes(word, from + 16 * half);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[4 * half + i] = __uint_as_float(word[i]);
-    }
-}
-
-/// Channels [8 * octet, 8 * octet + 8) of the row at `row`; zeros from channel `head_dim` on, which are not read.
+/// Words of an octet in memory.
 template <class T>
-DEVICE void load_octet(float (&x)[OCTET], const u8* row, int octet, int head_dim) {
+constexpr int OCTET_WORDS = OCTET * T::bytes / 4;
+
+/// Eight neighbours of one row as they are in memory.
+template <class T>
+struct RawOctet {
+    u32 word[OCTET_WORDS<T> / 4][4];
+};
+
+/// Channels [8 * octet, 8 * octet + 8) of the row at `row`, if `wanted`; zeros from channel `head_dim` on, which are not read.
+/// Raw, so that a thread can have many in flight before it needs the first.
+template <class T>
+DEVICE RawOctet<T> load_octet(const u8* row, int octet, int head_dim, bool wanted) {
+    RawOctet<T> raw;
     const int channel = octet * OCTET;
-    if (channel + OCTET <= head_dim) {
-        load_full_octet(T{}, x, row + channel * T::bytes);
-        return;
-    }
+    const u8* const from = row + channel * T::bytes;
 #pragma unroll
-    for (int i = 0; i < OCTET; ++i) x[i] = channel + i < head_dim ? load_element(T{}, row + (channel + i) * T::bytes) : 0.f;
+    for (int part = 0; part < OCTET_WORDS<T> / 4; ++part) load_16_bytes_if(raw.word[part], from + 16 * part, wanted && channel + OCTET <= head_dim);
+    // The octet that head_dim cuts, element by element: what follows it may be another tensor, or nothing.
+    if constexpr (!CUT_OCTET) return raw;
+    if (wanted && channel < head_dim && head_dim < channel + OCTET) {
+#pragma unroll
+        for (int i = 0; i < OCTET - 1; ++i) {
+            if (channel + i >= head_dim) continue;
+            u32& word = raw.word[i * T::bytes / 16][i * T::bytes / 4 % 4];
+            if constexpr (T::bytes == 4) {
+                word = reinterpret_cast<const u32*>(from)[i];
+            } else {
+                word |= static_cast<u32>(reinterpret_cast<const u16*>(from)[i]) << 16 * (i % 2);
+            }
+        }
+    }
+    return raw;
+}
+
+DEVICE void widen(float (&x)[OCTET], const RawOctet<F16>& raw) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) unpack_f16(raw.word[0][i], x[2 * i], x[2 * i + 1]);
+}
+DEVICE void widen(float (&x)[OCTET], const RawOctet<Bf16>& raw) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) unpack_bf16(raw.word[0][i], x[2 * i], x[2 * i + 1]);
+}
+DEVICE void widen(float (&x)[OCTET], const RawOctet<F32>& raw) {
+#pragma unroll
+    for (int i = 0; i < OCTET; ++i) x[i] = __uint_as_float(raw.word[i / 4][i % 4]);
 }
 
 /// Address of a row of a strided tensor.
