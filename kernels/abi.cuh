@@ -64,6 +64,7 @@ struct AttnParams {
     const float* k_mean;
     i64 q_stride[3];
     i64 o_stride[3];
+    u32 batch;
     u32 q_heads;
     /// q_heads / kv_heads.
     u32 q_heads_per_kv_head;
@@ -74,14 +75,13 @@ struct AttnParams {
     u32 tiles;
     /// Blocks of query rows in one head: ceil(q_len / rows of a block).
     u32 row_blocks;
+    /// batch * q_heads * row_blocks.
+    u32 works;
     /// Multiplies q . k before the softmax; any finite value.
     float softmax_scale;
     /// With CAUSAL, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for bottom-right.
     i64 diagonal;
     /// Counter of the next block of rows; 0 before the launch and after it.
     u32* next_work;
-    /// batch * q_heads * row_blocks.
-    u32 works;
-    u32 reserved;
 };
 static_assert(sizeof(AttnParams) == 168, "AttnParams in src/abi.rs has the same size");

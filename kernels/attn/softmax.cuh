@@ -14,7 +14,7 @@
 #include "ptx/sync.cuh"
 
 /// log2 of P at the row's maximum when m is set. An exact power of two, so that the largest P rounds to itself.
-constexpr float P_START_LOG2 = 4.f;
+constexpr float P_START_LOG2 = 3.f;
 /// No P above it: 2^8.8 < 448.
 constexpr float P_LIMIT_LOG2 = 8.8f;
 /// m of a row that has seen no key. Finite, so that no difference of two references is NaN.
@@ -49,20 +49,22 @@ DEVICE float quad_max(float x) {
 
 /// P of one tile as A operand of the PV GEMM: k-step t of 32 keys reads words 4t .. 4t + 3. Each word holds a row's keys 2c, 2c + 1, 8 + 2c, 9 + 2c
 /// of 16, c = lane % 4, which the instruction takes for four neighbours: V's keys are stored in that order (quant/kv_encode.cu).
+/// `masked`: P is 0 in the columns behind `last`, each row's last visible one less 2 c.
 /// `limited`: clamp the exponent, for rows whose logits are so large that rounding alone could lift P out of range.
-template <bool hidden, bool limited>
-DEVICE void exponentials(u32 (&p)[16], float (&tile_sum)[2], const float (&scores)[64], float c, const float (&reference)[2]) {
+template <bool masked, bool limited>
+DEVICE void exponentials(u32 (&p)[16], float (&tile_sum)[2], const float (&scores)[64], float c, const float (&reference)[2], const i32 (&last)[2]) {
     tile_sum[0] = tile_sum[1] = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         float e[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int row = i / 2 % 2;
-            float exponent = __fmaf_rn(scores[8 * j + i], c, -reference[row]);
+            const int word = 8 * j + i;
+            const int row = fragment_row(word);
+            float exponent = __fmaf_rn(scores[word], c, -reference[row]);
             if constexpr (limited) exponent = fminf(exponent, P_LIMIT_LOG2);
             e[i] = exp2_approx(exponent);
-            if constexpr (hidden) e[i] = scores[8 * j + i] == HIDDEN ? 0.f : e[i];
+            if constexpr (masked) e[i] = fragment_column(word) <= last[row] ? e[i] : 0.f;
             tile_sum[row] += e[i];
         }
         p[2 * j] = pack_e4m3(e[0], e[1], e[4], e[5]);
@@ -73,13 +75,18 @@ DEVICE void exponentials(u32 (&p)[16], float (&tile_sum)[2], const float (&score
 /// Moves the references of the rows that `must` move, and gives the factors by which sums and O shrink: to P_START_LOG2 below the maximum of this
 /// tile, or where that is no higher (P is small, but there is much of it) two binades up, which four times the sum fits in again.
 /// The products round down: a row's largest logit is then never below its maximum, so its P cannot vanish however large the logits are.
-DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&must)[2], const float (&scores)[64], float c) {
+template <bool masked>
+DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&must)[2], const float (&scores)[64], float c, const i32 (&last)[2]) {
+    constexpr float none = -3e38f;
+    float top[2] = {none, none};
+#pragma unroll
+    for (int word = 0; word < 64; ++word) {
+        const int row = fragment_row(word);
+        if (!masked || fragment_column(word) <= last[row]) top[row] = fmaxf(top[row], scores[word]);
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float top = HIDDEN;
-#pragma unroll
-        for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * row], scores[4 * j + 2 * row + 1]));
-        const float maximum = quad_max(top == HIDDEN ? NO_REFERENCE : mul_round_down(top, c));
+        const float maximum = quad_max(top[row] == none ? NO_REFERENCE : mul_round_down(top[row], c));
         const float from_maximum = sub_round_down(maximum, P_START_LOG2);
         const float before = rows.reference[row];
         const float after = !must[row] ? before : from_maximum > before ? from_maximum : before + 2.f;

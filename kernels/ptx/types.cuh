@@ -11,3 +11,9 @@ using i64 = long long;
 static_assert(sizeof(u32) == 4 && sizeof(u64) == 8, "the ABI counts in 32- and 64-bit words");
 
 #define DEVICE __device__ __forceinline__
+
+/// A number as a type, for arguments that must be constants.
+template <int n>
+struct Constant {
+    static constexpr int value = n;
+};

@@ -49,9 +49,9 @@ DEVICE void wgmma_m64n128k32_s8(i32 (&d)[64], u64 a, u64 b) {
 }
 
 /// T (64 x 64, f32) = A B^T + (accumulate ? T : 0), A (64 x 32) of e4m3 in registers, B (64 x 32) of e4m3 in shared memory.
-/// Uses the first 32 words of the array. PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n64k32.f32.e4m3.e4m3.
+/// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n64k32.f32.e4m3.e4m3.
 template <bool accumulate>
-DEVICE void wgmma_m64n64k32_e4m3(i32 (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+DEVICE void wgmma_m64n64k32_e4m3(i32 (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
     asm volatile(
         "{ .reg .pred keep; setp.ne.b32 keep, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3\n"
@@ -63,7 +63,7 @@ DEVICE void wgmma_m64n64k32_e4m3(i32 (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u
 }
 
 /// T (64 x 128, f32) = A B^T + (accumulate ? T : 0), A (64 x 32) of e4m3 in registers, B (128 x 32) of e4m3 in shared memory.
-/// Uses the first 64 words of the array. PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n128k32.f32.e4m3.e4m3.
+/// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n128k32.f32.e4m3.e4m3.
 template <bool accumulate>
 DEVICE void wgmma_m64n128k32_e4m3(i32 (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
     asm volatile(

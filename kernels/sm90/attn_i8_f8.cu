@@ -33,8 +33,19 @@ static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) 
 
 constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
 constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
+/// Channels of T that one GEMM gives.
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
 constexpr int PANELS = HEAD_DIM / PANEL;
+constexpr int PANEL_WORDS = PANEL / 2;
+/// With few channels there are registers for T beside S: the next scores need not wait for this tile's output.
+constexpr bool PARTIAL_APART = PANEL == 64;
+#ifndef PASS
+#define PASS 0
+#endif
+#define TURN_WAIT if (PASS != 2) turns.wait();
+#define TURN_PASS0 if (PASS == 0 || (PASS == 1 && PARTIAL_APART)) turns.pass();
+#define TURN_PASS1 if (PASS == 1) turns.pass();
+#define TURN_PASSX if (PASS != 2) turns.pass();
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
@@ -99,21 +110,31 @@ DEVICE void multiply_qk(i32 (&scores)[64], u64 q, u64 k) {
     }
 }
 
-template <bool accumulate>
-DEVICE void multiply_slice(i32 (&partial)[64], const u32* p, u64 v) {
-    if constexpr (PANEL == 64) {
-        wgmma_m64n64k32_e4m3<accumulate>(partial, p[0], p[1], p[2], p[3], v);
-    } else {
-        wgmma_m64n128k32_e4m3<accumulate>(partial, p[0], p[1], p[2], p[3], v);
-    }
+/// T = P V for one panel of channels.
+DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) {
+    const auto multiply = [&](auto slice) {
+        constexpr int n = decltype(slice)::value;
+        const u64 keys = v + slice_offset<PANEL, TILE_KEYS>(n) / 16;
+        if constexpr (PANEL == 64) {
+            wgmma_m64n64k32_e4m3<(n > 0)>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
+        } else {
+            wgmma_m64n128k32_e4m3<(n > 0)>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
+        }
+    };
+    static_assert(TILE_KEYS == 4 * 32, "four slices");
+    multiply(Constant<0>{});
+    multiply(Constant<1>{});
+    multiply(Constant<2>{});
+    multiply(Constant<3>{});
 }
 
-/// T = P V for one panel of channels.
-DEVICE void multiply_pv(i32 (&partial)[64], const u32 (&p)[16], u64 v) {
-    multiply_slice<false>(partial, p, v);
-#pragma unroll
-    for (int slice = 1; slice < TILE_KEYS / 32; ++slice) {
-        multiply_slice<true>(partial, p + 4 * slice, v + slice_offset<PANEL, TILE_KEYS>(slice) / 16);
+/// T lies in S's registers, if it needs as many.
+template <int words>
+DEVICE i32 (&registers_of_partial(i32 (&scores)[64], i32 (&apart)[words]))[words] {
+    if constexpr (words == 64) {
+        return scores;
+    } else {
+        return apart;
     }
 }
 
@@ -137,7 +158,7 @@ struct Pipeline {
     }
 };
 
-/// Draws works until there are none, publishes each, and streams its tiles, last to first.
+/// Draws works until there are none, publishes each, and streams its tiles.
 DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
     StageCursor at;
     WorkCursor work_at;
@@ -146,11 +167,11 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
         store_shared_word(pipeline.shared + WORK_AT + work_at.stage * sizeof(u32), index);
         mbarrier_arrive(pipeline.work().full(work_at.stage));
         work_at.advance();
-        if (index >= params.works) return;
-
         const Work work = decode_work(params, index);
+        if (work.batch >= params.batch) return;
         const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
-        for (int tile = tiles_of_work(params, work) - 1; tile >= 0; --tile) {
+        const int tiles = tiles_of_work(params, work);
+        for (int tile = 0; tile < tiles; ++tile) {
             const u32 k_full = pipeline.k().full(at.stage), v_full = pipeline.v().full(at.stage);
             pipeline.k().open(at, TILE_BYTES + SCALE_BYTES);
             bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, k_full);
@@ -181,176 +202,229 @@ DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&str
     return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
 }
 
-DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) {
-    const int warp = threadIdx.x / 32 % 4;
+/// The work in a slot, decoded when it is needed: kept across the loop it would cost the registers that the loop has not got.
+DEVICE Work work_in_slot(const AttnParams& params, Pipeline pipeline, WorkCursor at) {
+    const u32 index = load_shared_word(pipeline.shared + WORK_AT + at.stage * sizeof(u32));
+    return decode_work(params, __shfl_sync(~0u, index, 0));
+}
+
+/// Row lane / 4 + 8 h of this thread's warp, within its warpgroup.
+DEVICE u32 row_of_thread(int h) {
+    return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+}
+
+/// Q of the warpgroup's rows into its slab; returns what turns a score times a K scale into a base-2 logit.
+DEVICE float load_q(const AttnParams& params, const Work& work, u32 first_row, u32 slab) {
+    const u8* q_row[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) q_row[h] = query_row(params, params.q, params.q_stride, work, first_row + row_of_thread(h));
+    const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
+    const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, threadIdx.x / 32 % 4, threadIdx.x % 32, q_row, params.head_dim, sign);
+    fence_async_proxy();
+    return fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
+}
+
+/// O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
+DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
     const int lane = threadIdx.x % 32;
-    const bool elected = lane == 0;
+    const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM + 2 * (lane % 4);
+    float2 channel_scale[HEAD_DIM / 8];
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) channel_scale[i] = *reinterpret_cast<const float2*>(v_scales + 8 * i);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const u32 row = first_row + row_of_thread(h);
+        const float sum = quad_sum(rows.sum[h]);
+        const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+        u8* const o_row = query_row(params, params.o, params.o_stride, work, row);
+#pragma unroll
+        for (int column = 0; column < HEAD_DIM; column += 32) {
+            float x[8];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int word = column / 2 + 4 * i + 2 * h;
+                x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i].x);
+                x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i].y);
+            }
+            store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
+        }
+    }
+}
+
+/// LSE = ln(sum of P) + reference, in natural units, and what smoothing took away. -inf for a row without keys.
+DEVICE void store_lse(const AttnParams& params, const Work& work, u32 first_row, const RowState& rows) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const u32 row = first_row + row_of_thread(h);
+        const float sum = quad_sum(rows.sum[h]);
+        const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row), lane);
+        const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
+        if (row < params.q_len && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
+    }
+}
+
+DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) {
+    const bool elected = threadIdx.x % 32 == 0;
     const StageRing k_ring = pipeline.k(), v_ring = pipeline.v();
     const u32 slab = pipeline.shared + warpgroup * Q_SLAB;
     const u64 q = operand_descriptor<HEAD_DIM>(slab);
     const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
     const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
-    const u32 lane_scale = pipeline.shared + SCALES_AT + lane % 4 * sizeof(float);
     const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
     StageCursor k_at, v_at;
     WorkCursor work_at;
-    turns.open();
+    if (PASS != 2) turns.open();
 
-    for (;;) {
+    for (;; work_at.advance()) {
         pipeline.work().wait(work_at);
-        const u32 index = load_shared_word(pipeline.shared + WORK_AT + work_at.stage * sizeof(u32));
-        pipeline.work().release(work_at, elected);
-        work_at.advance();
-        if (index >= params.works) break;
-        const Work work = decode_work(params, index);
-
-        // Q: this lane's two rows, their codes in the warpgroup's slab, and what turns a score times a K scale into a base-2 logit.
+        const Work work = work_in_slot(params, pipeline, work_at);
+        if (work.batch >= params.batch) break;
         const u32 first_row = work.row + warpgroup * ROWS;
-        u32 row[2];
-        const u8* q_row[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            row[h] = first_row + 16 * warp + lane / 4 + 8 * h;
-            q_row[h] = query_row(params, params.q, params.q_stride, work, row[h]);
-        }
-        const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
-        const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, warp, lane, q_row, params.head_dim, sign);
-        const float q_multiplier = fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
-        fence_async_proxy();
+        const int block_tiles = tiles_of_work(params, work);
+        const int own_tiles = visible_tiles(params, first_row);
+        const int whole_tiles = unmasked_tiles(params, first_row);
+        const float q_multiplier = load_q(params, work, first_row, slab);
         named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
 
-        i32 scores[64];
+        i32 scores[64], apart[PANEL_WORDS];
+        i32(&partial)[PANEL_WORDS] = registers_of_partial(scores, apart);
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
 
         const auto issue_qk = [&]() {
-            k_ring.wait(k_at);
             wgmma_fence();
             multiply_qk(scores, q, k_stages + k_at.stage * (TILE_BYTES / 16));
             wgmma_commit();
         };
         const auto finish_qk = [&]() {
-            multiplier = fminf(q_multiplier * load_shared_float(lane_scale + k_at.stage * SCALE_BYTES), LARGEST_MULTIPLIER);
+            const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
+            multiplier = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
             wgmma_wait<0>();
             wgmma_result(scores);
             k_ring.release(k_at, elected);
             k_at.advance();
         };
-        const auto hide = [&](float (&logits)[64], int tile) {
-            i32 past[2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) past[h] = last_visible_key<CAUSAL>(row[h], params.diagonal, params.kv_len) - tile * TILE_KEYS - 2 * (lane % 4);
-            hide_keys(logits, past);
+        const auto issue_pv = [&](i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], int panel) {
+            wgmma_fence();
+            multiply_pv(partial, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
+            wgmma_commit();
         };
-        const auto raise = [&](const bool (&must)[2], const float (&logits)[64]) {
-            float shrink[2];
-            raise_reference(shrink, rows, must, logits, multiplier);
+        const auto merge_pv = [&](i32 (&partial)[PANEL_WORDS], int panel) {
+            wgmma_result(partial);
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[i / 2 % 2];
+            for (int i = 0; i < PANEL_WORDS; ++i) output[panel * PANEL_WORDS + i] += __int_as_float(partial[i]);
+        };
+        const auto finish_pv = [&]() {
+            v_ring.release(v_at, elected);
+            v_at.advance();
+        };
+        const auto last_columns = [&](i32 (&last)[2], int tile) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const i32 key = last_visible_key<CAUSAL>(first_row + row_of_thread(h), params.diagonal, params.kv_len);
+                last[h] = key - tile * TILE_KEYS - 2 * (threadIdx.x % 4);
+            }
+        };
+        const auto raise = [&](auto masked, const bool (&must)[2], const float (&logits)[64], const i32 (&last)[2]) {
+            float shrink[2];
+            raise_reference<decltype(masked)::value>(shrink, rows, must, logits, multiplier, last);
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
         };
         const auto attend_tile = [&](auto masked, int tile) {
-            constexpr bool hidden = decltype(masked)::value;
+            constexpr bool is_masked = decltype(masked)::value;
             float logits[64];
             scores_to_float(logits, scores);
-            if constexpr (hidden) hide(logits, tile);
+            i32 last[2];
+            if constexpr (is_masked) last_columns(last, tile);
             // P, with the reference that the rows have, or with a higher one where that might saturate.
             u32 p[16];
             float tile_sum[2];
-            exponentials<hidden, false>(p, tile_sum, logits, multiplier, rows.reference);
+            exponentials<is_masked, false>(p, tile_sum, logits, multiplier, rows.reference, last);
             if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
                 const bool must[2] = {quad_max(tile_sum[0]) > LARGEST_E4M3, quad_max(tile_sum[1]) > LARGEST_E4M3};
-                raise(must, logits);
-                exponentials<hidden, true>(p, tile_sum, logits, multiplier, rows.reference);
+                raise(masked, must, logits, last);
+                exponentials<is_masked, true>(p, tile_sum, logits, multiplier, rows.reference, last);
             }
             rows.sum[0] += tile_sum[0];
             rows.sum[1] += tile_sum[1];
 
-            // O += P V, then the next scores.
-            turns.wait();
+            // O += P V, and the next scores.
+            const bool more = tile + 1 < own_tiles;
             v_ring.wait(v_at);
-#pragma unroll
-            for (int panel = 0; panel < PANELS; ++panel) {
-                wgmma_fence();
-                multiply_pv(scores, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
-                wgmma_commit();
-                wgmma_wait<0>();
-                wgmma_result(scores);
-#pragma unroll
-                for (int i = 0; i < PANEL / 2; ++i) output[panel * (PANEL / 2) + i] += __int_as_float(scores[i]);
-            }
-            v_ring.release(v_at, elected);
-            v_at.advance();
-            if (tile > 0) {
-                issue_qk();
-                turns.pass();
-                finish_qk();
+            if (more) k_ring.wait(k_at);
+            TURN_WAIT
+            if constexpr (PARTIAL_APART) {
+                issue_pv(partial, p, 0);
+                if (more) {
+                    issue_qk();
+                    TURN_PASS0
+                    wgmma_wait<1>();
+                    merge_pv(partial, 0);
+                    finish_pv();
+                    finish_qk();
+                } else {
+                    TURN_PASS0
+                    wgmma_wait<0>();
+                    merge_pv(partial, 0);
+                    finish_pv();
+                }
             } else {
-                turns.pass();
+#pragma unroll
+                for (int panel = 0; panel < PANELS; ++panel) {
+                    issue_pv(partial, p, panel);
+                    if (panel == PANELS - 1) {
+                        TURN_PASS1
+                    }
+                    wgmma_wait<0>();
+                    merge_pv(partial, panel);
+                }
+                finish_pv();
+                if (more) {
+                    issue_qk();
+                    TURN_PASS0
+                    finish_qk();
+                } else {
+                    TURN_PASS0
+                }
             }
         };
 
-        // Tiles that only other warpgroups of the block see.
-        const int own_tiles = visible_tiles(params, first_row);
-        for (int tile = tiles_of_work(params, work); tile > own_tiles; --tile) {
-            turns.wait();
+        if (own_tiles > 0) {
+            k_ring.wait(k_at);
+            issue_qk();
+            finish_qk();
+            float logits[64];
+            scores_to_float(logits, scores);
+            i32 last[2];
+            last_columns(last, 0);
+            raise(Masked{}, {true, true}, logits, last);
+        }
+        int tile = 0;
+#pragma unroll 1
+        for (; tile < whole_tiles; ++tile) attend_tile(Unmasked{}, tile);
+#pragma unroll 1
+        for (; tile < own_tiles; ++tile) attend_tile(Masked{}, tile);
+        // Tiles that only later warpgroups of the block see.
+        for (; tile < block_tiles; ++tile) {
             k_ring.wait(k_at);
             k_ring.release(k_at, elected);
             k_at.advance();
             v_ring.wait(v_at);
             v_ring.release(v_at, elected);
             v_at.advance();
-            turns.pass();
-        }
-        if (own_tiles > 0) {
-            int tile = own_tiles - 1;
-            const int first_unmasked = unmasked_tiles(params, first_row) - 1;
-            issue_qk();
-            finish_qk();
-            float logits[64];
-            scores_to_float(logits, scores);
-            if (tile > first_unmasked) hide(logits, tile);
-            raise({true, true}, logits);
-#pragma unroll 1
-            for (; tile > first_unmasked; --tile) attend_tile(Masked{}, tile);
-#pragma unroll 1
-            for (; tile >= 0; --tile) attend_tile(Unmasked{}, tile);
+            TURN_WAIT
+            TURN_PASSX
         }
 
-        // O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
-        const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM + 2 * (lane % 4);
-        float2 channel_scale[HEAD_DIM / 8];
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; ++i) channel_scale[i] = *reinterpret_cast<const float2*>(v_scales + 8 * i);
-        const float sum[2] = {quad_sum(rows.sum[0]), quad_sum(rows.sum[1])};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float normalize = sum[h] > 0.f ? __fdividef(1.f, sum[h]) : 0.f;
-            u8* const o_row = query_row(params, params.o, params.o_stride, work, row[h]);
-#pragma unroll
-            for (int column = 0; column < HEAD_DIM; column += 32) {
-                float x[8];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int word = column / 2 + 4 * i + 2 * h;
-                    x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i].x);
-                    x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i].y);
-                }
-                store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
-            }
-        }
-        if constexpr (LSE) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row[h]), lane);
-                const float logarithm = sum[h] > 0.f ? (rows.reference[h] + log2_approx(sum[h])) * LN_2 + mean_part : -__int_as_float(0x7f800000);
-                if (row[h] < params.q_len && lane % 4 == 0) {
-                    params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row[h]] = logarithm;
-                }
-            }
-        }
+        const Work done = work_in_slot(params, pipeline, work_at);
+        pipeline.work().release(work_at, elected);
+        store_output(params, done, done.row + warpgroup * ROWS, output, rows);
+        if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
     }
-    turns.close();
+    if (PASS != 2) turns.close();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {

@@ -37,14 +37,13 @@ DEVICE void store_32_columns(T type, u8* row, const float (&x)[8], int column, i
     transpose_in_quad(word, lane);
     const int first = column + 8 * (lane % 4);
     if (!row || first >= head_dim) return;
-    const int left = CUT_OCTET ? head_dim - first : OCTET;
-    if (left >= OCTET) {
+    if (!CUT_OCTET || first + OCTET <= head_dim) {
         store_16_bytes(row + first * T::bytes, word[0], word[1], word[2], word[3]);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < OCTET - 1; ++i) {
-        if (i < left) reinterpret_cast<u16*>(row)[first + i] = static_cast<u16>(word[i / 2] >> 16 * (i % 2));
+        for (int i = 0; i < OCTET - 1; ++i) {
+            if (first + i < head_dim) reinterpret_cast<u16*>(row)[first + i] = static_cast<u16>(word[i / 2] >> 16 * (i % 2));
+        }
     }
 }
 
