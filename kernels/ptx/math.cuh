@@ -1,0 +1,85 @@
+// Arithmetic and conversions whose rounding or instruction matters.
+#pragma once
+#include "ptx/types.cuh"
+
+/// 2^x; 0 below the normal range. PTX ISA 9.7.3.22, ex2. Without .ftz the compiler adds a range reduction of three instructions.
+DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/// PTX ISA 9.7.3.20, lg2.
+DEVICE float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/// a * b rounded towards minus infinity. PTX ISA 9.7.3.5, mul.
+DEVICE float mul_round_down(float a, float b) {
+    float y;
+    asm("mul.rm.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+/// a - b rounded towards minus infinity. PTX ISA 9.7.3.4, sub.
+DEVICE float sub_round_down(float a, float b) {
+    float y;
+    asm("sub.rm.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+/// PTX ISA 9.7.9.21, cvt.
+DEVICE float to_float(i32 x) {
+    float y;
+    asm("cvt.rn.f32.s32 %0, %1;" : "=f"(y) : "r"(x));
+    return y;
+}
+
+/// Bytes of two words, picked by the nibbles of `selector`. PTX ISA 9.7.9.7, prmt.
+template <u32 selector>
+DEVICE u32 pick_bytes(u32 a, u32 b) {
+    u32 word;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "n"(selector));
+    return word;
+}
+
+/// Four floats as e4m3 bytes, the first in the lowest: nearest even, saturated at +-448. PTX ISA 9.7.9.21, cvt.
+DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
+    u32 word;
+    asm("{ .reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high}; }"
+        : "=r"(word)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return word;
+}
+
+/// Two halves in one word, the first in the lower. PTX ISA 9.7.9.21, cvt.
+DEVICE u32 pack_f16(float a, float b) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(a), "f"(b));
+    return word;
+}
+
+/// Two bfloat16 in one word, the first in the lower. PTX ISA 9.7.9.21, cvt.
+DEVICE u32 pack_bf16(float a, float b) {
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(a), "f"(b));
+    return word;
+}
+
+/// The lower or upper half of a word, widened. PTX ISA 9.7.9.21, cvt.
+DEVICE void unpack_f16(u32 word, float& low, float& high) {
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+}
+
+/// A bfloat16 is the upper half of a float.
+DEVICE void unpack_bf16(u32 word, float& low, float& high) {
+    low = __uint_as_float(word << 16);
+    high = __uint_as_float(word & 0xffff0000u);
+}

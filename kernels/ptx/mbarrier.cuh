@@ -1,0 +1,41 @@
+// Shared-memory barriers that count arrivals and bytes. PTX ISA 9.7.13.15.
+#pragma once
+#include "ptx/types.cuh"
+
+/// PTX ISA 9.7.13.15.9, mbarrier.init.
+DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+/// Makes initialised barriers visible to the copy engine. PTX ISA 9.7.13.4, fence.mbarrier_init.
+DEVICE void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/// PTX ISA 9.7.13.15.13, mbarrier.arrive.
+DEVICE void mbarrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives, and makes the phase wait for `bytes` more bytes of copies. PTX ISA 9.7.13.15.13, mbarrier.arrive.expect_tx.
+DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+/// True once the phase of that parity has ended; the hardware suspends the thread for a while first.
+/// PTX ISA 9.7.13.15.16, mbarrier.try_wait.
+DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{ .reg .pred ended;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, ended; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
+DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
+    while (!mbarrier_try_wait(barrier, parity)) {
+    }
+}

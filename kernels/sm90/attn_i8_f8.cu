@@ -1,0 +1,451 @@
+// Attention with INT8 Q K^T and e4m3 P V on Hopper's warpgroup GEMMs: recipe sage2-i8-f8, SageAttention2 (2411.10958), algorithm 1.
+//
+//   O[b, h, r, :] = softmax_n(scale q_r . k_n) V,   LSE[b, h, r] = ln sum_n exp(scale q_r . k_n)
+//
+// Problem   q, o: [batch, q_heads, q_len, head_dim] of IN_T, strided; K and V as codes from kv_encode. A work: CONSUMERS x 64 rows of one head.
+// Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
+//           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits).
+// Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
+//           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles from the last to the
+//           first, so that the masked ones come first and the loop after them has no mask.
+// Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j - 1} as one block of GEMMs and passes on, so that while
+//           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
+// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers | works
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; CONSUMERS and STAGES as in README.md.
+#include "abi.cuh"
+#include "attn/softmax.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/wgmma.cuh"
+#include "quant/q_rows.cuh"
+#include "tile/ring.cuh"
+#include "tile/store_rows.cuh"
+#include "tile/turns.cuh"
+
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to one of these by the quantizers");
+
+constexpr int WARPGROUP = 128;
+constexpr int ROWS = 64;
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
+/// Registers a thread after the roles have parted; the pool is 65536.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= 65536, "the last warpgroup to ask would wait for ever");
+
+constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
+constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
+/// Channels of T that one GEMM gives.
+constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
+constexpr int PANELS = HEAD_DIM / PANEL;
+constexpr int PANEL_WORDS = PANEL / 2;
+/// With few channels there are registers for T beside S: the next scores need not wait for this tile's output.
+constexpr bool PARTIAL_APART = PANEL == 64;
+#ifndef PASS
+#define PASS 0
+#endif
+#define TURN_WAIT if (PASS != 2) turns.wait();
+#define TURN_PASS0 if (PASS == 0 || (PASS == 1 && PARTIAL_APART)) turns.pass();
+#define TURN_PASS1 if (PASS == 1) turns.pass();
+#define TURN_PASSX if (PASS != 2) turns.pass();
+
+using StageRing = Ring<STAGES>;
+using StageCursor = Cursor<STAGES>;
+/// The producer draws work ahead of the consumers.
+constexpr int WORK_SLOTS = 2;
+using WorkRing = Ring<WORK_SLOTS>;
+using WorkCursor = Cursor<WORK_SLOTS>;
+
+constexpr u32 Q_SLAB = ROWS * HEAD_DIM;
+constexpr u32 K_AT = CONSUMERS * Q_SLAB;
+constexpr u32 V_AT = K_AT + STAGES * TILE_BYTES;
+constexpr u32 SCALES_AT = V_AT + STAGES * TILE_BYTES;
+constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
+constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
+constexpr u32 WORK_AT = WORK_RING_AT + WorkRing::BYTES;
+constexpr u32 SHARED_BYTES = WORK_AT + WORK_SLOTS * sizeof(u32);
+static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
+static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
+
+/// CONSUMERS x 64 rows of one head.
+struct Work {
+    u32 batch;
+    u32 head;
+    u32 kv_head;
+    u32 row;
+};
+
+DEVICE Work decode_work(const AttnParams& params, u32 index) {
+    const u32 block = index % params.row_blocks;
+    const u32 head = index / params.row_blocks;
+    Work work;
+    work.batch = head / params.q_heads;
+    work.head = head % params.q_heads;
+    work.kv_head = work.batch * (params.q_heads / params.q_heads_per_kv_head) + work.head / params.q_heads_per_kv_head;
+    // With a causal mask the last rows see the most keys: the longest works of a head start first.
+    work.row = (CAUSAL ? params.row_blocks - 1 - block : block) * (CONSUMERS * ROWS);
+    return work;
+}
+
+/// Tiles that rows [row, row + ROWS) see at least one key of.
+DEVICE int visible_tiles(const AttnParams& params, u32 row) {
+    return (last_visible_key<CAUSAL>(static_cast<i64>(row) + ROWS - 1, params.diagonal, params.kv_len) + TILE_KEYS) / TILE_KEYS;
+}
+
+/// Tiles that rows [row, row + ROWS) see every key of.
+DEVICE int unmasked_tiles(const AttnParams& params, u32 row) {
+    return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
+}
+
+/// S = Q K^T, exact in s32.
+DEVICE void multiply_qk(i32 (&scores)[64], u64 q, u64 k) {
+#pragma unroll
+    for (int slice = 0; slice < HEAD_DIM / 32; ++slice) {
+        const u64 a = q + slice_offset<ROWS, HEAD_DIM>(slice) / 16;
+        const u64 b = k + slice_offset<TILE_KEYS, HEAD_DIM>(slice) / 16;
+        if (slice == 0) {
+            wgmma_m64n128k32_s8<false>(scores, a, b);
+        } else {
+            wgmma_m64n128k32_s8<true>(scores, a, b);
+        }
+    }
+}
+
+/// T = P V for one panel of channels.
+DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) {
+    const auto multiply = [&](auto slice) {
+        constexpr int n = decltype(slice)::value;
+        const u64 keys = v + slice_offset<PANEL, TILE_KEYS>(n) / 16;
+        if constexpr (PANEL == 64) {
+            wgmma_m64n64k32_e4m3<(n > 0)>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
+        } else {
+            wgmma_m64n128k32_e4m3<(n > 0)>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
+        }
+    };
+    static_assert(TILE_KEYS == 4 * 32, "four slices");
+    multiply(Constant<0>{});
+    multiply(Constant<1>{});
+    multiply(Constant<2>{});
+    multiply(Constant<3>{});
+}
+
+/// T lies in S's registers, if it needs as many.
+template <int words>
+DEVICE i32 (&registers_of_partial(i32 (&scores)[64], i32 (&apart)[words]))[words] {
+    if constexpr (words == 64) {
+        return scores;
+    } else {
+        return apart;
+    }
+}
+
+/// Tiles that the rows of a work see, together.
+DEVICE int tiles_of_work(const AttnParams& params, const Work& work) {
+    return visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
+}
+
+/// The rings of a block and what they carry.
+struct Pipeline {
+    u32 shared;
+
+    DEVICE StageRing k() const {
+        return {shared + K_RING_AT};
+    }
+    DEVICE StageRing v() const {
+        return {shared + V_RING_AT};
+    }
+    DEVICE WorkRing work() const {
+        return {shared + WORK_RING_AT};
+    }
+};
+
+/// Draws works until there are none, publishes each, and streams its tiles.
+DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
+    StageCursor at;
+    WorkCursor work_at;
+    for (u32 index = blockIdx.x;; index = gridDim.x + atomic_increment(params.next_work, params.works - 1)) {
+        mbarrier_wait(pipeline.work().empty(work_at.stage), work_at.parity ^ 1);
+        store_shared_word(pipeline.shared + WORK_AT + work_at.stage * sizeof(u32), index);
+        mbarrier_arrive(pipeline.work().full(work_at.stage));
+        work_at.advance();
+        const Work work = decode_work(params, index);
+        if (work.batch >= params.batch) return;
+        const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
+        const int tiles = tiles_of_work(params, work);
+        for (int tile = 0; tile < tiles; ++tile) {
+            const u32 k_full = pipeline.k().full(at.stage), v_full = pipeline.v().full(at.stage);
+            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES);
+            bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, k_full);
+            bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, k_full);
+            pipeline.v().open(at, TILE_BYTES);
+            bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, v_full);
+            at.advance();
+        }
+    }
+}
+
+/// The part of q . k that smoothing took out of the scores, of which each lane of a quad sums its octets.
+DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* row, int lane) {
+    const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
+    float sum = 0.f;
+#pragma unroll 2
+    for (int octet = lane % 4; octet < HEAD_DIM / OCTET; octet += 4) {
+        float x[OCTET];
+        widen(x, load_octet<IN_T>(row, octet, params.head_dim, row != nullptr));
+#pragma unroll
+        for (int i = 0; i < OCTET; ++i) sum = fmaf(x[i], mean[octet * OCTET + i], sum);
+    }
+    return params.softmax_scale * quad_sum(sum);
+}
+
+/// Address of a query's row in q or o, null past the last.
+DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&stride)[3], const Work& work, u32 row) {
+    return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
+}
+
+/// The work in a slot, decoded when it is needed: kept across the loop it would cost the registers that the loop has not got.
+DEVICE Work work_in_slot(const AttnParams& params, Pipeline pipeline, WorkCursor at) {
+    const u32 index = load_shared_word(pipeline.shared + WORK_AT + at.stage * sizeof(u32));
+    return decode_work(params, __shfl_sync(~0u, index, 0));
+}
+
+/// Row lane / 4 + 8 h of this thread's warp, within its warpgroup.
+DEVICE u32 row_of_thread(int h) {
+    return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+}
+
+/// Q of the warpgroup's rows into its slab; returns what turns a score times a K scale into a base-2 logit.
+DEVICE float load_q(const AttnParams& params, const Work& work, u32 first_row, u32 slab) {
+    const u8* q_row[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) q_row[h] = query_row(params, params.q, params.q_stride, work, first_row + row_of_thread(h));
+    const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
+    const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, threadIdx.x / 32 % 4, threadIdx.x % 32, q_row, params.head_dim, sign);
+    fence_async_proxy();
+    return fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
+}
+
+/// O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
+DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
+    const int lane = threadIdx.x % 32;
+    const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM + 2 * (lane % 4);
+    float2 channel_scale[HEAD_DIM / 8];
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) channel_scale[i] = *reinterpret_cast<const float2*>(v_scales + 8 * i);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const u32 row = first_row + row_of_thread(h);
+        const float sum = quad_sum(rows.sum[h]);
+        const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+        u8* const o_row = query_row(params, params.o, params.o_stride, work, row);
+#pragma unroll
+        for (int column = 0; column < HEAD_DIM; column += 32) {
+            float x[8];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int word = column / 2 + 4 * i + 2 * h;
+                x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i].x);
+                x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i].y);
+            }
+            store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
+        }
+    }
+}
+
+/// LSE = ln(sum of P) + reference, in natural units, and what smoothing took away. -inf for a row without keys.
+DEVICE void store_lse(const AttnParams& params, const Work& work, u32 first_row, const RowState& rows) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const u32 row = first_row + row_of_thread(h);
+        const float sum = quad_sum(rows.sum[h]);
+        const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row), lane);
+        const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
+        if (row < params.q_len && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
+    }
+}
+
+DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) {
+    const bool elected = threadIdx.x % 32 == 0;
+    const StageRing k_ring = pipeline.k(), v_ring = pipeline.v();
+    const u32 slab = pipeline.shared + warpgroup * Q_SLAB;
+    const u64 q = operand_descriptor<HEAD_DIM>(slab);
+    const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
+    const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
+    const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
+    StageCursor k_at, v_at;
+    WorkCursor work_at;
+    if (PASS != 2) turns.open();
+
+    for (;; work_at.advance()) {
+        pipeline.work().wait(work_at);
+        const Work work = work_in_slot(params, pipeline, work_at);
+        if (work.batch >= params.batch) break;
+        const u32 first_row = work.row + warpgroup * ROWS;
+        const int block_tiles = tiles_of_work(params, work);
+        const int own_tiles = visible_tiles(params, first_row);
+        const int whole_tiles = unmasked_tiles(params, first_row);
+        const float q_multiplier = load_q(params, work, first_row, slab);
+        named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
+
+        i32 scores[64], apart[PANEL_WORDS];
+        i32(&partial)[PANEL_WORDS] = registers_of_partial(scores, apart);
+        float output[HEAD_DIM / 2] = {};
+        RowState rows;
+        float multiplier = 0.f;
+
+        const auto issue_qk = [&]() {
+            wgmma_fence();
+            multiply_qk(scores, q, k_stages + k_at.stage * (TILE_BYTES / 16));
+            wgmma_commit();
+        };
+        const auto finish_qk = [&]() {
+            const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
+            multiplier = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
+            wgmma_wait<0>();
+            wgmma_result(scores);
+            k_ring.release(k_at, elected);
+            k_at.advance();
+        };
+        const auto issue_pv = [&](i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], int panel) {
+            wgmma_fence();
+            multiply_pv(partial, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
+            wgmma_commit();
+        };
+        const auto merge_pv = [&](i32 (&partial)[PANEL_WORDS], int panel) {
+            wgmma_result(partial);
+#pragma unroll
+            for (int i = 0; i < PANEL_WORDS; ++i) output[panel * PANEL_WORDS + i] += __int_as_float(partial[i]);
+        };
+        const auto finish_pv = [&]() {
+            v_ring.release(v_at, elected);
+            v_at.advance();
+        };
+        const auto last_columns = [&](i32 (&last)[2], int tile) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const i32 key = last_visible_key<CAUSAL>(first_row + row_of_thread(h), params.diagonal, params.kv_len);
+                last[h] = key - tile * TILE_KEYS - 2 * (threadIdx.x % 4);
+            }
+        };
+        const auto raise = [&](auto masked, const bool (&must)[2], const float (&logits)[64], const i32 (&last)[2]) {
+            float shrink[2];
+            raise_reference<decltype(masked)::value>(shrink, rows, must, logits, multiplier, last);
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
+        };
+        const auto attend_tile = [&](auto masked, int tile) {
+            constexpr bool is_masked = decltype(masked)::value;
+            float logits[64];
+            scores_to_float(logits, scores);
+            i32 last[2];
+            if constexpr (is_masked) last_columns(last, tile);
+            // P, with the reference that the rows have, or with a higher one where that might saturate.
+            u32 p[16];
+            float tile_sum[2];
+            exponentials<is_masked, false>(p, tile_sum, logits, multiplier, rows.reference, last);
+            if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
+                const bool must[2] = {quad_max(tile_sum[0]) > LARGEST_E4M3, quad_max(tile_sum[1]) > LARGEST_E4M3};
+                raise(masked, must, logits, last);
+                exponentials<is_masked, true>(p, tile_sum, logits, multiplier, rows.reference, last);
+            }
+            rows.sum[0] += tile_sum[0];
+            rows.sum[1] += tile_sum[1];
+
+            // O += P V, and the next scores.
+            const bool more = tile + 1 < own_tiles;
+            v_ring.wait(v_at);
+            if (more) k_ring.wait(k_at);
+            TURN_WAIT
+            if constexpr (PARTIAL_APART) {
+                issue_pv(partial, p, 0);
+                if (more) {
+                    issue_qk();
+                    TURN_PASS0
+                    wgmma_wait<1>();
+                    merge_pv(partial, 0);
+                    finish_pv();
+                    finish_qk();
+                } else {
+                    TURN_PASS0
+                    wgmma_wait<0>();
+                    merge_pv(partial, 0);
+                    finish_pv();
+                }
+            } else {
+#pragma unroll
+                for (int panel = 0; panel < PANELS; ++panel) {
+                    issue_pv(partial, p, panel);
+                    if (panel == PANELS - 1) {
+                        TURN_PASS1
+                    }
+                    wgmma_wait<0>();
+                    merge_pv(partial, panel);
+                }
+                finish_pv();
+                if (more) {
+                    issue_qk();
+                    TURN_PASS0
+                    finish_qk();
+                } else {
+                    TURN_PASS0
+                }
+            }
+        };
+
+        if (own_tiles > 0) {
+            k_ring.wait(k_at);
+            issue_qk();
+            finish_qk();
+            float logits[64];
+            scores_to_float(logits, scores);
+            i32 last[2];
+            last_columns(last, 0);
+            raise(Masked{}, {true, true}, logits, last);
+        }
+        int tile = 0;
+#pragma unroll 1
+        for (; tile < whole_tiles; ++tile) attend_tile(Unmasked{}, tile);
+#pragma unroll 1
+        for (; tile < own_tiles; ++tile) attend_tile(Masked{}, tile);
+        // Tiles that only later warpgroups of the block see.
+        for (; tile < block_tiles; ++tile) {
+            k_ring.wait(k_at);
+            k_ring.release(k_at, elected);
+            k_at.advance();
+            v_ring.wait(v_at);
+            v_ring.release(v_at, elected);
+            v_at.advance();
+            TURN_WAIT
+            TURN_PASSX
+        }
+
+        const Work done = work_in_slot(params, pipeline, work_at);
+        pipeline.work().release(work_at, elected);
+        store_output(params, done, done.row + warpgroup * ROWS, output, rows);
+        if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
+    }
+    if (PASS != 2) turns.close();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {
+    extern __shared__ __align__(1024) u8 dynamic_shared[];
+    const Pipeline pipeline{shared_address(dynamic_shared)};
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
+    if (threadIdx.x == 0) {
+        if (pipeline.shared % 1024 != 0) __trap();
+        pipeline.k().init(4 * CONSUMERS);
+        pipeline.v().init(4 * CONSUMERS);
+        pipeline.work().init(4 * CONSUMERS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    wait_for_previous_launch();
+
+    if (warpgroup == CONSUMERS) {
+        release_registers_down_to<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMERS * WARPGROUP) produce(params, pipeline);
+    } else {
+        take_registers_up_to<CONSUMER_REGISTERS>();
+        consume(params, pipeline, warpgroup);
+    }
+}

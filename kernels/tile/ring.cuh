@@ -1,0 +1,54 @@
+// A ring of shared-memory stages between the warp that fills them and the warps that read them.
+//
+// Each stage has two barriers. `full` ends a phase when the producer has announced its bytes and they have landed; `empty` when every reading warp
+// has arrived. Both sides walk the ring with a Cursor; the parity flips on each lap.
+#pragma once
+#include "ptx/mbarrier.cuh"
+
+template <int stages>
+struct Cursor {
+    u32 stage = 0;
+    u32 parity = 0;
+
+    DEVICE void advance() {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/// `barriers`: 2 * stages mbarriers of 8 bytes.
+template <int stages>
+struct Ring {
+    u32 barriers;
+
+    static constexpr int BYTES = 16 * stages;
+
+    DEVICE u32 full(u32 stage) const {
+        return barriers + 8 * stage;
+    }
+    DEVICE u32 empty(u32 stage) const {
+        return barriers + 8 * (stages + stage);
+    }
+    /// By one thread, before any use.
+    DEVICE void init(u32 readers) const {
+        for (u32 stage = 0; stage < stages; ++stage) {
+            mbarrier_init(full(stage), 1);
+            mbarrier_init(empty(stage), readers);
+        }
+    }
+    /// Producer: waits until the stage may be overwritten (at once on the first lap) and announces what will arrive.
+    DEVICE void open(Cursor<stages> at, u32 bytes) const {
+        mbarrier_wait(empty(at.stage), at.parity ^ 1);
+        mbarrier_arrive_expect(full(at.stage), bytes);
+    }
+    /// Reader: waits for the stage's bytes.
+    DEVICE void wait(Cursor<stages> at) const {
+        mbarrier_wait(full(at.stage), at.parity);
+    }
+    /// Reader: gives the stage back; one lane of each reading warp, after the warp's last read has ended.
+    DEVICE void release(Cursor<stages> at, bool elected) const {
+        if (elected) mbarrier_arrive(empty(at.stage));
+    }
+};

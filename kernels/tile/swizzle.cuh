@@ -1,0 +1,37 @@
+// Where a byte of an operand tile lies in shared memory, and how the tensor core is told.
+//
+// wgmma reads 8-bit operands "K-major": rows of consecutive bytes, eight rows to an atom, the 16-byte chunks of a row XORed with the row's number
+// so that eight rows of one chunk fall into eight different banks. PTX ISA 9.7.15.5.1. Rows here are 128 bytes, or 64 where a tile is only 64
+// bytes wide; tiles wider than 128 bytes are several such panels, one after the other.
+#pragma once
+#include "ptx/types.cuh"
+
+/// Bytes of one row of a panel.
+template <int width>
+constexpr int PANEL_WIDTH = width < 128 ? width : 128;
+
+/// Offset of byte `column` of row `row` in a tile of `rows` rows and `width` bytes.
+template <int rows, int width>
+DEVICE u32 swizzled(int row, int column) {
+    static_assert(width == 64 || width % 128 == 0, "a row fills a 64- or 128-byte swizzle atom");
+    constexpr int panel = PANEL_WIDTH<width>;
+    const int chunk = column % panel / 16;
+    const int mixed = chunk ^ (panel == 128 ? row % 8 : row / 2 % 4);
+    return column / panel * rows * panel + row * panel + mixed * 16 + column % 16;
+}
+
+/// Matrix descriptor of a tile that starts at `address` (1024-byte aligned). PTX ISA 9.7.15.5.1.2.2.
+/// Adding bytes / 16 moves the start.
+template <int width>
+DEVICE u64 operand_descriptor(u32 address) {
+    constexpr u64 eight_rows = 8 * PANEL_WIDTH<width>;
+    constexpr u64 mode = PANEL_WIDTH<width> == 128 ? 1 : 2;
+    return mode << 62 | (eight_rows >> 4) << 32 | u64{1} << 16 | u64{(address & 0x3ffff) >> 4};
+}
+
+/// Bytes from the start of a tile to its 32-byte slice `slice` along a row, for descriptors.
+template <int rows, int width>
+DEVICE constexpr int slice_offset(int slice) {
+    constexpr int panel = PANEL_WIDTH<width>;
+    return slice * 32 / panel * rows * panel + slice * 32 % panel;
+}
