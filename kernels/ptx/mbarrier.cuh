@@ -17,9 +17,9 @@ DEVICE void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/// Arrives, and makes the phase wait for `bytes` more bytes of copies. PTX ISA 9.7.13.15.13, mbarrier.arrive.expect_tx.
-DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+/// Makes the current phase wait for `bytes` more bytes of copies. PTX ISA 9.7.13.15.11, mbarrier.expect_tx.
+DEVICE void mbarrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 /// True once the phase of that parity has ended; the hardware suspends the thread for a while first.

@@ -35,8 +35,8 @@ DEVICE void store_shared_8_bytes(u32 to, u32 a, u32 b) {
 }
 
 /// PTX ISA 9.7.9.12, st.
-DEVICE void store_shared_word(u32 to, u32 a) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(a) : "memory");
+DEVICE void store_shared_16_bytes(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 /// PTX ISA 9.7.9.8, ld.
@@ -45,6 +45,11 @@ DEVICE void load_shared_16_bytes(u32 (&word)[4], u32 from) {
                  : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                  : "r"(from)
                  : "memory");
+}
+
+/// PTX ISA 9.7.9.8, ld.
+DEVICE void load_shared_8_bytes(float (&value)[2], u32 from) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "r"(from) : "memory");
 }
 
 /// PTX ISA 9.7.9.8, ld.
@@ -64,11 +69,4 @@ DEVICE u32 atomic_increment(u32* counter, u32 limit) {
     u32 before;
     asm volatile("atom.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(limit) : "memory");
     return before;
-}
-
-/// PTX ISA 9.7.9.8, ld.
-DEVICE u32 load_shared_word(u32 from) {
-    u32 value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-    return value;
 }

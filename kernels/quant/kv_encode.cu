@@ -175,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) kv_encode(const __grid_con
     Place place;
     const u32 block = blockIdx.x / 2;
     place.tile = block % params.tiles;
-    place.head = block / params.tiles;
+    // Last head first: what kv_statistics read last is still in the cache, and so is for the attention kernel what is written last.
+    place.head = gridDim.x / 2 / params.tiles - 1 - block / params.tiles;
     place.batch = place.head / params.kv_heads;
     place.kv_head = place.head % params.kv_heads;
     if (blockIdx.x == 0 && threadIdx.x == 0) *params.next_work = 0;

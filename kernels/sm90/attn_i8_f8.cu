@@ -37,15 +37,6 @@ constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
 constexpr int PANELS = HEAD_DIM / PANEL;
 constexpr int PANEL_WORDS = PANEL / 2;
-/// With few channels there are registers for T beside S: the next scores need not wait for this tile's output.
-constexpr bool PARTIAL_APART = PANEL == 64;
-#ifndef PASS
-#define PASS 0
-#endif
-#define TURN_WAIT if (PASS != 2) turns.wait();
-#define TURN_PASS0 if (PASS == 0 || (PASS == 1 && PARTIAL_APART)) turns.pass();
-#define TURN_PASS1 if (PASS == 1) turns.pass();
-#define TURN_PASSX if (PASS != 2) turns.pass();
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
@@ -53,6 +44,15 @@ using StageCursor = Cursor<STAGES>;
 constexpr int WORK_SLOTS = 2;
 using WorkRing = Ring<WORK_SLOTS>;
 using WorkCursor = Cursor<WORK_SLOTS>;
+
+/// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left.
+struct Work {
+    u32 batch;
+    u32 head;
+    u32 kv_head;
+    u32 row;
+};
+static_assert(sizeof(Work) == 16, "one load");
 
 constexpr u32 Q_SLAB = ROWS * HEAD_DIM;
 constexpr u32 K_AT = CONSUMERS * Q_SLAB;
@@ -62,17 +62,12 @@ constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
 constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
 constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
 constexpr u32 WORK_AT = WORK_RING_AT + WorkRing::BYTES;
-constexpr u32 SHARED_BYTES = WORK_AT + WORK_SLOTS * sizeof(u32);
+constexpr u32 V_SCALES_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
+constexpr u32 V_SCALE_BYTES = HEAD_DIM * sizeof(float);
+constexpr u32 SHARED_BYTES = V_SCALES_AT + WORK_SLOTS * V_SCALE_BYTES;
+static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and copies");
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
 static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
-
-/// CONSUMERS x 64 rows of one head.
-struct Work {
-    u32 batch;
-    u32 head;
-    u32 kv_head;
-    u32 row;
-};
 
 DEVICE Work decode_work(const AttnParams& params, u32 index) {
     const u32 block = index % params.row_blocks;
@@ -128,7 +123,7 @@ DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) 
     multiply(Constant<3>{});
 }
 
-/// T lies in S's registers, if it needs as many.
+/// T lies in S's registers where it needs as many.
 template <int words>
 DEVICE i32 (&registers_of_partial(i32 (&scores)[64], i32 (&apart)[words]))[words] {
     if constexpr (words == 64) {
@@ -158,26 +153,32 @@ struct Pipeline {
     }
 };
 
-/// Draws works until there are none, publishes each, and streams its tiles.
+/// Draws works until there are none, publishes each with its channel scales of V, and streams its tiles.
 DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
     StageCursor at;
     WorkCursor work_at;
     for (u32 index = blockIdx.x;; index = gridDim.x + atomic_increment(params.next_work, params.works - 1)) {
-        mbarrier_wait(pipeline.work().empty(work_at.stage), work_at.parity ^ 1);
-        store_shared_word(pipeline.shared + WORK_AT + work_at.stage * sizeof(u32), index);
-        mbarrier_arrive(pipeline.work().full(work_at.stage));
-        work_at.advance();
         const Work work = decode_work(params, index);
-        if (work.batch >= params.batch) return;
+        const bool any = work.batch < params.batch;
+        pipeline.work().open(work_at, any ? V_SCALE_BYTES : 0, [&](u32 full) {
+            store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
+            if (!any) return;
+            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES;
+            bulk_copy_to_shared(to, params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM, V_SCALE_BYTES, full);
+        });
+        if (!any) return;
+        work_at.advance();
+
         const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
         const int tiles = tiles_of_work(params, work);
         for (int tile = 0; tile < tiles; ++tile) {
-            const u32 k_full = pipeline.k().full(at.stage), v_full = pipeline.v().full(at.stage);
-            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES);
-            bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, k_full);
-            bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, k_full);
-            pipeline.v().open(at, TILE_BYTES);
-            bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, v_full);
+            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES, [&](u32 full) {
+                bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
+                bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
+            });
+            pipeline.v().open(at, TILE_BYTES, [&](u32 full) {
+                bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
+            });
             at.advance();
         }
     }
@@ -202,10 +203,12 @@ DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&str
     return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
 }
 
-/// The work in a slot, decoded when it is needed: kept across the loop it would cost the registers that the loop has not got.
-DEVICE Work work_in_slot(const AttnParams& params, Pipeline pipeline, WorkCursor at) {
-    const u32 index = load_shared_word(pipeline.shared + WORK_AT + at.stage * sizeof(u32));
-    return decode_work(params, __shfl_sync(~0u, index, 0));
+/// The work in a slot, read again when it is needed: kept across the loop it would cost the registers that the loop has not got.
+DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
+    u32 word[4];
+    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
+    // The same in every lane, which a shuffle tells the compiler.
+    return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), __shfl_sync(~0u, word[3], 0)};
 }
 
 /// Row lane / 4 + 8 h of this thread's warp, within its warpgroup.
@@ -224,13 +227,12 @@ DEVICE float load_q(const AttnParams& params, const Work& work, u32 first_row, u
     return fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
 }
 
-/// O / (sum of P), times V's channel scales. A row without keys has sum 0 and gives 0.
-DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
+/// O / (sum of P), times V's channel scales, in shared memory at `v_scales`. A row without keys has sum 0 and gives 0.
+DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, u32 v_scales, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
     const int lane = threadIdx.x % 32;
-    const float* const v_scales = params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM + 2 * (lane % 4);
-    float2 channel_scale[HEAD_DIM / 8];
+    float channel_scale[HEAD_DIM / 8][2];
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) channel_scale[i] = *reinterpret_cast<const float2*>(v_scales + 8 * i);
+    for (int i = 0; i < HEAD_DIM / 8; ++i) load_shared_8_bytes(channel_scale[i], v_scales + (8 * i + 2 * (lane % 4)) * sizeof(float));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const u32 row = first_row + row_of_thread(h);
@@ -243,8 +245,8 @@ DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_r
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int word = column / 2 + 4 * i + 2 * h;
-                x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i].x);
-                x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i].y);
+                x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i][0]);
+                x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i][1]);
             }
             store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
         }
@@ -274,11 +276,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
     StageCursor k_at, v_at;
     WorkCursor work_at;
-    if (PASS != 2) turns.open();
+    turns.open();
 
     for (;; work_at.advance()) {
         pipeline.work().wait(work_at);
-        const Work work = work_in_slot(params, pipeline, work_at);
+        const Work work = work_in_slot(pipeline, work_at);
         if (work.batch >= params.batch) break;
         const u32 first_row = work.row + warpgroup * ROWS;
         const int block_tiles = tiles_of_work(params, work);
@@ -287,8 +289,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const float q_multiplier = load_q(params, work, first_row, slab);
         named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
 
-        i32 scores[64], apart[PANEL_WORDS];
-        i32(&partial)[PANEL_WORDS] = registers_of_partial(scores, apart);
+        i32 scores[64];
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
@@ -306,12 +307,13 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             k_ring.release(k_at, elected);
             k_at.advance();
         };
-        const auto issue_pv = [&](i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], int panel) {
+        const auto add_pv = [&](const u32 (&p)[16], int panel) {
+            i32 apart[PANEL_WORDS];
+            i32(&partial)[PANEL_WORDS] = registers_of_partial(scores, apart);
             wgmma_fence();
             multiply_pv(partial, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
             wgmma_commit();
-        };
-        const auto merge_pv = [&](i32 (&partial)[PANEL_WORDS], int panel) {
+            wgmma_wait<0>();
             wgmma_result(partial);
 #pragma unroll
             for (int i = 0; i < PANEL_WORDS; ++i) output[panel * PANEL_WORDS + i] += __int_as_float(partial[i]);
@@ -327,68 +329,47 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 last[h] = key - tile * TILE_KEYS - 2 * (threadIdx.x % 4);
             }
         };
-        const auto raise = [&](auto masked, const bool (&must)[2], const float (&logits)[64], const i32 (&last)[2]) {
+        const auto raise = [&](const bool (&must)[2], const float (&top)[2]) {
             float shrink[2];
-            raise_reference<decltype(masked)::value>(shrink, rows, must, logits, multiplier, last);
+            raise_reference(shrink, rows, must, top, multiplier);
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
         };
-        const auto attend_tile = [&](auto masked, int tile) {
+        // P, with the reference that the rows have, or with a higher one where that might saturate.
+        const auto softmax = [&](auto masked, u32 (&p)[16], int tile) {
             constexpr bool is_masked = decltype(masked)::value;
-            float logits[64];
-            scores_to_float(logits, scores);
             i32 last[2];
+            float tile_sum[2], top[2], logits[64];
             if constexpr (is_masked) last_columns(last, tile);
-            // P, with the reference that the rows have, or with a higher one where that might saturate.
-            u32 p[16];
-            float tile_sum[2];
+            scores_to_float(logits, scores);
             exponentials<is_masked, false>(p, tile_sum, logits, multiplier, rows.reference, last);
             if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
                 const bool must[2] = {quad_max(tile_sum[0]) > LARGEST_E4M3, quad_max(tile_sum[1]) > LARGEST_E4M3};
-                raise(masked, must, logits, last);
+                largest_scores<is_masked>(top, logits, last);
+                raise(must, top);
                 exponentials<is_masked, true>(p, tile_sum, logits, multiplier, rows.reference, last);
             }
             rows.sum[0] += tile_sum[0];
             rows.sum[1] += tile_sum[1];
+        };
+        const auto attend_tile = [&](auto masked, int tile) {
+            u32 p[16];
+            softmax(masked, p, tile);
 
-            // O += P V, and the next scores.
+            // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn.
             const bool more = tile + 1 < own_tiles;
             v_ring.wait(v_at);
             if (more) k_ring.wait(k_at);
-            TURN_WAIT
-            if constexpr (PARTIAL_APART) {
-                issue_pv(partial, p, 0);
-                if (more) {
-                    issue_qk();
-                    TURN_PASS0
-                    wgmma_wait<1>();
-                    merge_pv(partial, 0);
-                    finish_pv();
-                    finish_qk();
-                } else {
-                    TURN_PASS0
-                    wgmma_wait<0>();
-                    merge_pv(partial, 0);
-                    finish_pv();
-                }
-            } else {
+            turns.wait();
 #pragma unroll
-                for (int panel = 0; panel < PANELS; ++panel) {
-                    issue_pv(partial, p, panel);
-                    if (panel == PANELS - 1) {
-                        TURN_PASS1
-                    }
-                    wgmma_wait<0>();
-                    merge_pv(partial, panel);
-                }
-                finish_pv();
-                if (more) {
-                    issue_qk();
-                    TURN_PASS0
-                    finish_qk();
-                } else {
-                    TURN_PASS0
-                }
+            for (int panel = 0; panel < PANELS; ++panel) add_pv(p, panel);
+            finish_pv();
+            if (more) {
+                issue_qk();
+                turns.pass();
+                finish_qk();
+            } else {
+                turns.pass();
             }
         };
 
@@ -396,11 +377,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             k_ring.wait(k_at);
             issue_qk();
             finish_qk();
-            float logits[64];
-            scores_to_float(logits, scores);
             i32 last[2];
+            float top[2];
             last_columns(last, 0);
-            raise(Masked{}, {true, true}, logits, last);
+            largest_scores<true>(top, scores, last);
+            raise({true, true}, top);
         }
         int tile = 0;
 #pragma unroll 1
@@ -415,16 +396,16 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             v_ring.wait(v_at);
             v_ring.release(v_at, elected);
             v_at.advance();
-            TURN_WAIT
-            TURN_PASSX
+            turns.wait();
+            turns.pass();
         }
 
-        const Work done = work_in_slot(params, pipeline, work_at);
+        const Work done = work_in_slot(pipeline, work_at);
+        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES, output, rows);
         pipeline.work().release(work_at, elected);
-        store_output(params, done, done.row + warpgroup * ROWS, output, rows);
         if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
     }
-    if (PASS != 2) turns.close();
+    turns.close();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {

@@ -38,10 +38,14 @@ struct Ring {
             mbarrier_init(empty(stage), readers);
         }
     }
-    /// Producer: waits until the stage may be overwritten (at once on the first lap) and announces what will arrive.
-    DEVICE void open(Cursor<stages> at, u32 bytes) const {
+    /// Producer: waits until the stage may be overwritten (at once on the first lap), announces the bytes that the copy engine will bring, and lets
+    /// `fill`, which is given the full barrier, start the copies. Its own writes come before the announcement.
+    template <class Fill>
+    DEVICE void open(Cursor<stages> at, u32 bytes, Fill fill) const {
         mbarrier_wait(empty(at.stage), at.parity ^ 1);
-        mbarrier_arrive_expect(full(at.stage), bytes);
+        mbarrier_expect(full(at.stage), bytes);
+        fill(full(at.stage));
+        mbarrier_arrive(full(at.stage));
     }
     /// Reader: waits for the stage's bytes.
     DEVICE void wait(Cursor<stages> at) const {
