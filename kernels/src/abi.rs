@@ -1,5 +1,7 @@
 //! Twin of abi.cuh: same structs, same order, same sizes. Pointers are device addresses.
 
+use std::mem::offset_of;
+
 /// Keys in one tile of codes, and in one step of the attention loop.
 pub const TILE_KEYS: u32 = 128;
 /// K scale groups in a tile of keys: key n is in group (n % 8) / 2.
@@ -54,6 +56,35 @@ pub struct PrepareParams {
 }
 const _: () = assert!(size_of::<PrepareParams>() == 160);
 
+impl PrepareParams {
+    /// Where each field lies, in bytes: what the compiler of the kernels is asked to confirm.
+    pub const OFFSETS: &[(&'static str, usize)] = &[
+        ("k", offset_of!(PrepareParams, k)),
+        ("v", offset_of!(PrepareParams, v)),
+        ("k_sums", offset_of!(PrepareParams, k_sums)),
+        ("v_maxima", offset_of!(PrepareParams, v_maxima)),
+        ("k_mean", offset_of!(PrepareParams, k_mean)),
+        ("v_scales", offset_of!(PrepareParams, v_scales)),
+        ("k_scales", offset_of!(PrepareParams, k_scales)),
+        ("k_codes", offset_of!(PrepareParams, k_codes)),
+        ("v_codes", offset_of!(PrepareParams, v_codes)),
+        ("k_stride", offset_of!(PrepareParams, k_stride)),
+        ("v_stride", offset_of!(PrepareParams, v_stride)),
+        ("kv_heads", offset_of!(PrepareParams, kv_heads)),
+        ("kv_len", offset_of!(PrepareParams, kv_len)),
+        ("head_dim", offset_of!(PrepareParams, head_dim)),
+        ("tiles", offset_of!(PrepareParams, tiles)),
+        ("pieces", offset_of!(PrepareParams, pieces)),
+        (
+            "tiles_per_piece",
+            offset_of!(PrepareParams, tiles_per_piece),
+        ),
+        ("samples", offset_of!(PrepareParams, samples)),
+        ("reserved", offset_of!(PrepareParams, reserved)),
+        ("next_work", offset_of!(PrepareParams, next_work)),
+    ];
+}
+
 /// Parameters of `attn_i8_f8_sm90`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -78,6 +109,8 @@ pub struct AttnParams {
     pub q_stride: [i64; 3],
     /// As `q_stride`.
     pub o_stride: [i64; 3],
+    /// Independent calls.
+    pub batch: u32,
     /// Heads of Q and O.
     pub q_heads: u32,
     /// q_heads / kv_heads.
@@ -88,19 +121,49 @@ pub struct AttnParams {
     pub kv_len: u32,
     /// Of the caller's tensors, at most HEAD_DIM.
     pub head_dim: u32,
-    /// Tiles of 128 keys in one head.
+    /// Tiles of 128 keys in one head: ceil(kv_len / 128).
     pub tiles: u32,
-    /// Blocks of query rows in one head.
+    /// Blocks of query rows in one head: ceil(q_len / rows of a block).
     pub row_blocks: u32,
+    /// batch * q_heads * row_blocks.
+    pub works: u32,
     /// Multiplies q . k before the softmax; any finite value.
     pub softmax_scale: f32,
-    /// With CAUSAL, row r sees key n if n <= r + diagonal.
+    /// With CAUSAL, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for
+    /// bottom-right.
     pub diagonal: i64,
     /// Counter of the next block of rows; 0 before the launch and after it.
     pub next_work: u64,
-    /// batch * q_heads * row_blocks.
-    pub works: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 const _: () = assert!(size_of::<AttnParams>() == 168);
+
+impl AttnParams {
+    /// Where each field lies, in bytes: what the compiler of the kernels is asked to confirm.
+    pub const OFFSETS: &[(&'static str, usize)] = &[
+        ("q", offset_of!(AttnParams, q)),
+        ("o", offset_of!(AttnParams, o)),
+        ("lse", offset_of!(AttnParams, lse)),
+        ("k_codes", offset_of!(AttnParams, k_codes)),
+        ("v_codes", offset_of!(AttnParams, v_codes)),
+        ("k_scales", offset_of!(AttnParams, k_scales)),
+        ("v_scales", offset_of!(AttnParams, v_scales)),
+        ("k_mean", offset_of!(AttnParams, k_mean)),
+        ("q_stride", offset_of!(AttnParams, q_stride)),
+        ("o_stride", offset_of!(AttnParams, o_stride)),
+        ("batch", offset_of!(AttnParams, batch)),
+        ("q_heads", offset_of!(AttnParams, q_heads)),
+        (
+            "q_heads_per_kv_head",
+            offset_of!(AttnParams, q_heads_per_kv_head),
+        ),
+        ("q_len", offset_of!(AttnParams, q_len)),
+        ("kv_len", offset_of!(AttnParams, kv_len)),
+        ("head_dim", offset_of!(AttnParams, head_dim)),
+        ("tiles", offset_of!(AttnParams, tiles)),
+        ("row_blocks", offset_of!(AttnParams, row_blocks)),
+        ("works", offset_of!(AttnParams, works)),
+        ("softmax_scale", offset_of!(AttnParams, softmax_scale)),
+        ("diagonal", offset_of!(AttnParams, diagonal)),
+        ("next_work", offset_of!(AttnParams, next_work)),
+    ];
+}

@@ -13,30 +13,43 @@ pub(crate) const WARPGROUP_ROWS: u32 = 64;
 const WARPGROUP_THREADS: u32 = 128;
 /// Full and empty barrier of a stage of one ring, in bytes.
 const STAGE_BARRIERS: u32 = 16;
-/// Works that the producer has drawn and the consumers not yet finished, each a u32.
+/// Works that the producer has drawn and the consumers not yet finished.
 const WORK_SLOTS: u32 = 2;
+const WORK_BYTES: u32 = 16;
 
 /// How the kernel rounds P: `attn/softmax.cuh`.
-pub(crate) const ROUNDING: Rounding = Rounding {
-    key_tile: TILE_KEYS as usize,
-    key_order: KeyOrder::Ascending,
-    reference: Reference::Sum {
-        // P_START_LOG2.
-        start: 3.0,
-        // LARGEST_E4M3.
-        limit: 448.0,
-    },
-    divisor: Divisor::UnroundedP,
-};
+pub(crate) const fn rounding(variant: &Attend) -> Rounding {
+    Rounding {
+        key_tile: TILE_KEYS as usize,
+        key_order: KeyOrder::Ascending,
+        reference: if variant.running_max {
+            Reference::Maximum { stale: 0.0 }
+        } else {
+            // P_START_LOG2 and LARGEST_E4M3.
+            Reference::Sum {
+                start: 3.0,
+                limit: 448.0,
+            }
+        },
+        divisor: Divisor::UnroundedP,
+    }
+}
 
 /// Dynamic shared memory of a block: Q, then stages of K, V, K's scales and the barriers of two rings,
-/// then the works and theirs.
+/// then the works, their barriers and V's scales for each.
 pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
     let q = WARPGROUP_ROWS * variant.width;
     let tile = TILE_KEYS * variant.width;
-    let scales = K_GROUPS * 4;
-    let stage = 2 * tile + scales + 2 * STAGE_BARRIERS;
-    variant.consumers * q + variant.stages * stage + WORK_SLOTS * (STAGE_BARRIERS + 4)
+    let k_scales = K_GROUPS * 4;
+    let v_scales = 4 * variant.width;
+    let stage = 2 * tile + k_scales + 2 * STAGE_BARRIERS;
+    let work = STAGE_BARRIERS + WORK_BYTES + v_scales;
+    variant.consumers * q + variant.stages * stage + WORK_SLOTS * work
+}
+
+/// Threads of a block: the consumers, and one more warpgroup for the producer.
+pub(crate) const fn threads(variant: &Attend) -> u32 {
+    (variant.consumers + 1) * WARPGROUP_THREADS
 }
 
 /// Attention of Q over the codes of K and V. `scratch` is the address of the workspace, `lse` that of
@@ -54,8 +67,7 @@ pub(crate) fn attend(
     Launch {
         // Each draws works until none is left.
         grid: choice.works.min(choice.multiprocessors),
-        // One more warpgroup for the producer.
-        block: (variant.consumers + 1) * WARPGROUP_THREADS,
+        block: threads(variant),
         shared: shared_bytes(variant),
         overlaps_previous: choice.overlap,
         params: AttnParams {
@@ -69,6 +81,7 @@ pub(crate) fn attend(
             k_mean: at(ranges.k_mean),
             q_stride: q.strides,
             o_stride: o.strides,
+            batch: choice.batch,
             q_heads: choice.q_heads,
             q_heads_per_kv_head: choice.q_heads / choice.kv_heads,
             q_len: choice.q_len,
@@ -76,11 +89,10 @@ pub(crate) fn attend(
             head_dim: choice.head_dim,
             tiles: choice.tiles,
             row_blocks: choice.row_blocks,
+            works: choice.works,
             softmax_scale: choice.softmax_scale,
             diagonal: choice.diagonal,
             next_work: at(ranges.next_work),
-            works: choice.works,
-            reserved: 0,
         },
     }
 }

@@ -20,6 +20,10 @@ use crate::variant::{Attend, Prepare, Variant, WIDTHS};
 /// Blocks of one launch that CUDA allows in the x dimension.
 const MAX_GRID: u64 = (1 << 31) - 1;
 
+/// Off: the reference that moves only when it must is faster, and its error is within the recipe's
+/// bound.
+const RUNNING_MAX: bool = false;
+
 /// Channels that a thread loads together.
 const OCTET: u32 = 8;
 
@@ -129,6 +133,7 @@ pub(crate) fn choose(
             causal,
             lse: problem.outputs() == Outputs::OAndLse,
             cut,
+            running_max: RUNNING_MAX,
             consumers,
             stages,
         },
@@ -206,6 +211,7 @@ pub fn variants() -> Vec<Variant> {
                 causal,
                 lse,
                 cut,
+                running_max: RUNNING_MAX,
                 consumers,
                 stages,
             }));
@@ -320,7 +326,7 @@ impl Plan for CudaPlan {
         Description {
             variant: Variant::Attend(self.choice.attend).name(),
             recipe: self.recipe,
-            rounding: attend_sm90::ROUNDING,
+            rounding: attend_sm90::rounding(&self.choice.attend),
             scratch: self.scratch.ranges().to_vec(),
         }
     }

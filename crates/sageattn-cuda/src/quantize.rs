@@ -6,11 +6,17 @@ use sageattn_kernels::abi::PrepareParams;
 use crate::buffer::Tensor;
 use crate::launch::Launch;
 use crate::plan::{Choice, Ranges};
+use crate::variant::Prepare;
 
 /// Threads of a block of `kv_statistics`.
-const STATISTICS_THREADS: u32 = 256;
+pub(crate) const STATISTICS_THREADS: u32 = 256;
 /// Half of the blocks take K, half V.
 const K_AND_V: u32 = 2;
+
+/// Threads of a block of `kv_encode`.
+pub(crate) const fn encode_threads(variant: &Prepare) -> u32 {
+    2 * variant.width
+}
 
 /// What both kernels are told. `scratch` is the address of the workspace.
 pub(crate) fn params(
@@ -61,7 +67,7 @@ pub(crate) fn statistics(choice: &Choice, params: PrepareParams) -> Launch<Prepa
 pub(crate) fn encode(choice: &Choice, params: PrepareParams) -> Launch<PrepareParams> {
     Launch {
         grid: choice.batch * choice.kv_heads * choice.tiles * K_AND_V,
-        block: 2 * choice.prepare.width,
+        block: encode_threads(&choice.prepare),
         shared: 0,
         overlaps_previous: choice.overlap,
         params,

@@ -1,8 +1,11 @@
 //! The kernels with their constants: a variant is a file and a few `#define`s, known by one readable
 //! name.
 
-use sageattn_core::DType;
+use sageattn_core::{DType, Reference};
 use sageattn_kernels::SOURCES;
+use sageattn_kernels::abi::{AttnParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS};
+
+use crate::{attend_sm90, quantize};
 
 /// One kernel with its constants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +44,8 @@ pub struct Attend {
     pub lse: bool,
     /// Whether the head dimension is no multiple of eight.
     pub cut: bool,
+    /// Whether P follows each row's running maximum tile by tile: less error, less speed.
+    pub running_max: bool,
     /// Warpgroups that multiply, 64 rows of Q each.
     pub consumers: u32,
     /// Tiles of K, and of V, that shared memory holds.
@@ -93,13 +98,14 @@ impl Variant {
                 ("CAUSAL", u8::from(attend.causal).to_string()),
                 ("LSE", u8::from(attend.lse).to_string()),
                 ("CUT_OCTET", u8::from(attend.cut).to_string()),
+                ("RUNNING_MAX", u8::from(attend.running_max).to_string()),
                 ("CONSUMERS", attend.consumers.to_string()),
                 ("STAGES", attend.stages.to_string()),
             ],
         }
     }
 
-    /// The constants and the file: what the compiler is given.
+    /// The constants, the file, and what the host takes for granted of it: what the compiler is given.
     pub fn entry_source(&self) -> String {
         let defines = self.defines().into_iter();
         let mut text: String = defines
@@ -108,7 +114,62 @@ impl Variant {
         let file = SOURCES.iter().find(|(path, _)| *path == self.source());
         text.push_str(&format!("#line 1 \"{}\"\n", self.source()));
         text.push_str(file.map_or("", |(_, text)| text));
+        text.push_str("#line 1 \"checks of the host\"\n");
+        for (expression, value) in self.shared_facts() {
+            text.push_str(&format!(
+                "static_assert({expression} == {value}, \"{expression} is {value} on the host\");\n"
+            ));
+        }
         text
+    }
+
+    /// Numbers that both sides have, which must not drift apart.
+    fn shared_facts(&self) -> Vec<(String, String)> {
+        let (params, size, offsets, threads) = match self {
+            Self::Statistics(_) => (
+                "PrepareParams",
+                size_of::<PrepareParams>(),
+                PrepareParams::OFFSETS,
+                quantize::STATISTICS_THREADS,
+            ),
+            Self::Encode(prepare) => (
+                "PrepareParams",
+                size_of::<PrepareParams>(),
+                PrepareParams::OFFSETS,
+                quantize::encode_threads(prepare),
+            ),
+            Self::Attend(attend) => (
+                "AttnParams",
+                size_of::<AttnParams>(),
+                AttnParams::OFFSETS,
+                attend_sm90::threads(attend),
+            ),
+        };
+        let mut facts = vec![
+            ("THREADS".to_owned(), threads.to_string()),
+            (format!("sizeof({params})"), size.to_string()),
+        ];
+        facts.extend(offsets.iter().map(|(field, offset)| {
+            let expression = format!("__builtin_offsetof({params}, {field})");
+            (expression, offset.to_string())
+        }));
+        facts.extend(
+            [
+                ("TILE_KEYS", TILE_KEYS),
+                ("K_GROUPS", K_GROUPS),
+                ("MAX_PIECES", MAX_PIECES),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_string())),
+        );
+        if let Self::Attend(attend) = self {
+            let shared = attend_sm90::shared_bytes(attend);
+            facts.push(("SHARED_BYTES".to_owned(), shared.to_string()));
+            if let Reference::Sum { start, limit } = attend_sm90::rounding(attend).reference {
+                facts.push(("P_START_LOG2".to_owned(), format!("{start:?}f")));
+                facts.push(("LARGEST_E4M3".to_owned(), format!("{limit:?}f")));
+            }
+        }
+        facts
     }
 }
 
@@ -136,6 +197,9 @@ impl Attend {
         }
         if self.cut {
             suffix.push_str("_cut");
+        }
+        if self.running_max {
+            suffix.push_str("_max");
         }
         suffix.push_str(&format!("_c{}s{}", self.consumers, self.stages));
         suffix
