@@ -8,13 +8,21 @@
 // maximum: it only has to keep P in range. It is set P_START_LOG2 below the maximum of the row's first tile and moves when a thread's sum of P
 // exceeds 448: P >= 0, so a sum that does not is proof that no P saturates. That sum is needed for the row sum anyway, so the maximum, its
 // shuffles and the rescaling of O leave the loop. Where it fires, the row takes the tile's true maximum and its warp redoes P from the scores.
+//
+// Constant: RUNNING_MAX 0 for that, or 1 to keep m at the running maximum less 8 in every tile. P of the largest logit is then a power of two, which
+// e4m3 holds exactly: a few per cent less error, for a few per cent of the speed (docs/kernels/attn_i8_f8_sm90.md).
 #pragma once
 #include "attn/mask.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 
 /// log2 of P at the row's maximum when m is set. An exact power of two, so that the largest P rounds to itself.
-constexpr float P_START_LOG2 = 3.f;
+constexpr float P_START_LOG2 = RUNNING_MAX ? 8.f : 3.f;
+/// A thread's sum of P over its 32 keys of a row that proves that none saturated: all P are >= 0, and with the running maximum none is above 2^8,
+/// but for the rounding of huge logits.
+constexpr float SAFE_SUM = RUNNING_MAX ? 33 * 256.f : LARGEST_E4M3;
+/// How far a row moves its reference whose sum was not safe although its maximum has not grown.
+constexpr float REFERENCE_STEP = RUNNING_MAX ? 0.f : 2.f;
 /// No P above it: 2^8.8 < 448.
 constexpr float P_LIMIT_LOG2 = 8.8f;
 /// m of a row that has seen no key. Finite, so that no difference of two references is NaN.
@@ -91,7 +99,7 @@ DEVICE void largest_scores(float (&top)[2], const Score (&scores)[64], const i32
 }
 
 /// Moves the references of the rows that `must` move, and gives the factors by which sums and O shrink: to P_START_LOG2 below the maximum of this
-/// tile, or where that is no higher (P is small, but there is much of it) two binades up, which four times the sum fits in again.
+/// tile, or where that is no higher (P is small, but there is much of it) two binades up, where the sum is a quarter.
 /// The products round down: a row's largest logit is then never below its maximum, so its P cannot vanish however large the logits are.
 DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&must)[2], const float (&top)[2], float c) {
 #pragma unroll
@@ -99,7 +107,7 @@ DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&mus
         const float maximum = quad_max(top[row] == static_cast<float>(NO_SCORE) ? NO_REFERENCE : mul_round_down(top[row], c));
         const float from_maximum = sub_round_down(maximum, P_START_LOG2);
         const float before = rows.reference[row];
-        const float after = !must[row] ? before : from_maximum > before ? from_maximum : before + 2.f;
+        const float after = !must[row] ? before : from_maximum > before ? from_maximum : before + REFERENCE_STEP;
         shrink[row] = exp2_approx(before - after);
         rows.reference[row] = after;
         rows.sum[row] *= shrink[row];

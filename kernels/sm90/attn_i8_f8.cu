@@ -11,7 +11,7 @@
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j - 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 // Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers | works
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; CONSUMERS and STAGES as in README.md.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax.cuh"
 #include "ptx/bulk_copy.cuh"
@@ -293,6 +293,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
+        // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where it is rare.
+        float shrink[2] = {1.f, 1.f};
 
         const auto issue_qk = [&]() {
             wgmma_fence();
@@ -316,7 +318,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             wgmma_wait<0>();
             wgmma_result(partial);
 #pragma unroll
-            for (int i = 0; i < PANEL_WORDS; ++i) output[panel * PANEL_WORDS + i] += __int_as_float(partial[i]);
+            for (int i = 0; i < PANEL_WORDS; ++i) {
+                float& sum = output[panel * PANEL_WORDS + i];
+                const float addend = __int_as_float(partial[i]);
+                sum = RUNNING_MAX ? fmaf(sum, shrink[fragment_row(i)], addend) : sum + addend;
+            }
         };
         const auto finish_pv = [&]() {
             v_ring.release(v_at, elected);
@@ -330,8 +336,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             }
         };
         const auto raise = [&](const bool (&must)[2], const float (&top)[2]) {
-            float shrink[2];
             raise_reference(shrink, rows, must, top, multiplier);
+            if constexpr (RUNNING_MAX) return;
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
         };
@@ -341,12 +347,18 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             i32 last[2];
             float tile_sum[2], top[2], logits[64];
             if constexpr (is_masked) last_columns(last, tile);
+            if constexpr (RUNNING_MAX) {
+                largest_scores<is_masked>(top, scores, last);
+                raise({true, true}, top);
+            }
             scores_to_float(logits, scores);
             exponentials<is_masked, false>(p, tile_sum, logits, multiplier, rows.reference, last);
-            if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_E4M3)) {
-                const bool must[2] = {quad_max(tile_sum[0]) > LARGEST_E4M3, quad_max(tile_sum[1]) > LARGEST_E4M3};
-                largest_scores<is_masked>(top, logits, last);
-                raise(must, top);
+            if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > SAFE_SUM)) {
+                if constexpr (!RUNNING_MAX) {
+                    const bool must[2] = {quad_max(tile_sum[0]) > SAFE_SUM, quad_max(tile_sum[1]) > SAFE_SUM};
+                    largest_scores<is_masked>(top, logits, last);
+                    raise(must, top);
+                }
                 exponentials<is_masked, true>(p, tile_sum, logits, multiplier, rows.reference, last);
             }
             rows.sum[0] += tile_sum[0];

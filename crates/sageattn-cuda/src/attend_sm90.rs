@@ -1,15 +1,13 @@
 //! The attention launch on Hopper: host twin of `sm90/attn_i8_f8.cu`.
 
 use sageattn_core::{Divisor, KeyOrder, Reference, Rounding};
-use sageattn_kernels::abi::{AttnParams, K_GROUPS, TILE_KEYS};
+use sageattn_kernels::abi::{AttnParams, K_GROUPS, TILE_KEYS, WARPGROUP_ROWS};
 
 use crate::buffer::Tensor;
 use crate::launch::Launch;
 use crate::plan::{Choice, Ranges};
 use crate::variant::Attend;
 
-/// Rows of Q of one warpgroup.
-pub(crate) const WARPGROUP_ROWS: u32 = 64;
 const WARPGROUP_THREADS: u32 = 128;
 /// Full and empty barrier of a stage of one ring, in bytes.
 const STAGE_BARRIERS: u32 = 16;
@@ -25,7 +23,7 @@ pub(crate) const fn rounding(variant: &Attend) -> Rounding {
         reference: if variant.running_max {
             Reference::Maximum { stale: 0.0 }
         } else {
-            // P_START_LOG2 and LARGEST_E4M3.
+            // P_START_LOG2 and SAFE_SUM.
             Reference::Sum {
                 start: 3.0,
                 limit: 448.0,

@@ -3,9 +3,11 @@
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::ptr;
 use std::sync::Arc;
 
+use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use sageattn_core::Error;
 use sageattn_kernels::abi::{AttnParams, PrepareParams};
@@ -13,23 +15,38 @@ use sageattn_kernels::abi::{AttnParams, PrepareParams};
 /// A struct that kernels take as their only parameter, by value, as `__grid_constant__`.
 ///
 /// # Safety
-/// - `repr(C)`, with the fields, sizes and order of its twin in abi.cuh.
-/// - No padding and no reference: the driver copies its bytes.
-pub(crate) unsafe trait Params: Copy + 'static {
+/// Its fields have the sizes and the order of its twin in abi.cuh.
+pub(crate) unsafe trait Params: Pod {
     /// The `extern "C"` functions with the one parameter `const __grid_constant__ Self`.
     const ENTRIES: &'static [&'static str];
+    /// Every field and where it lies, in bytes: the compiler of the kernels confirms it.
+    const FIELDS: &'static [(&'static str, usize)];
 }
 
-// SAFETY: nine device addresses, six i64, eight u32: 152 bytes without padding, as PrepareParams in
-// abi.cuh, whose size both sides assert.
+macro_rules! fields {
+    ($($field:ident)*) => {
+        &[$((stringify!($field), offset_of!(Self, $field))),*]
+    };
+}
+
+// SAFETY: nine device addresses, six i64, eight u32, one device address: 160 bytes without padding, as
+// PrepareParams in abi.cuh; compiling a kernel checks size and offsets.
 unsafe impl Params for PrepareParams {
     const ENTRIES: &'static [&'static str] = &["kv_statistics", "kv_encode"];
+    const FIELDS: &'static [(&'static str, usize)] = fields! {
+        k v k_sums v_maxima k_mean v_scales k_scales k_codes v_codes k_stride v_stride kv_heads kv_len
+        head_dim tiles pieces tiles_per_piece samples reserved next_work
+    };
 }
 
-// SAFETY: eight device addresses, six i64, seven u32, one f32, one i64: 152 bytes without padding, as
-// AttnParams in abi.cuh, whose size both sides assert.
+// SAFETY: eight device addresses, six i64, nine u32, one f32, one i64, one device address: 168 bytes
+// without padding, as AttnParams in abi.cuh; compiling a kernel checks size and offsets.
 unsafe impl Params for AttnParams {
     const ENTRIES: &'static [&'static str] = &["attn_i8_f8_sm90"];
+    const FIELDS: &'static [(&'static str, usize)] = fields! {
+        q o lse k_codes v_codes k_scales v_scales k_mean q_stride o_stride batch q_heads
+        q_heads_per_kv_head q_len kv_len head_dim tiles row_blocks works softmax_scale diagonal next_work
+    };
 }
 
 /// One launch: how many threads, and on what.

@@ -9,9 +9,11 @@ use sageattn_core::{
     Align, Buffer, Clock, DType, Description, Error, Io, Mask, Outputs, Plan, Problem, Profile,
     Recipe, Smooth,
 };
-use sageattn_kernels::abi::{AttnParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS};
+use sageattn_kernels::abi::{
+    AttnParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS, WARPGROUP_ROWS,
+};
 
-use crate::attend_sm90::{self, WARPGROUP_ROWS};
+use crate::attend_sm90;
 use crate::buffer::{Tensor, in_context};
 use crate::launch::Kernel;
 use crate::quantize;
@@ -164,8 +166,8 @@ const fn tile(width: u32) -> (u32, u32) {
         // exponentials; a fourth would leave each 120, fewer than S, P and O need. Stages of 16 KiB
         // are soon read, so that six of them cover the latency of memory.
         64 => (3, 6),
-        // As above; 32 KiB a stage, and a fifth brought nothing.
-        128 => (3, 4),
+        // As above; 32 KiB a stage: a sixth does not fit.
+        128 => (3, 5),
         // O alone takes 128 registers a thread: two warpgroups of 240. 64 KiB a stage: a fourth does
         // not fit.
         _ => (2, 3),

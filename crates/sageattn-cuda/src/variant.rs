@@ -5,6 +5,7 @@ use sageattn_core::{DType, Reference};
 use sageattn_kernels::SOURCES;
 use sageattn_kernels::abi::{AttnParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS};
 
+use crate::launch::Params;
 use crate::{attend_sm90, quantize};
 
 /// One kernel with its constants.
@@ -129,19 +130,19 @@ impl Variant {
             Self::Statistics(_) => (
                 "PrepareParams",
                 size_of::<PrepareParams>(),
-                PrepareParams::OFFSETS,
+                PrepareParams::FIELDS,
                 quantize::STATISTICS_THREADS,
             ),
             Self::Encode(prepare) => (
                 "PrepareParams",
                 size_of::<PrepareParams>(),
-                PrepareParams::OFFSETS,
+                PrepareParams::FIELDS,
                 quantize::encode_threads(prepare),
             ),
             Self::Attend(attend) => (
                 "AttnParams",
                 size_of::<AttnParams>(),
-                AttnParams::OFFSETS,
+                AttnParams::FIELDS,
                 attend_sm90::threads(attend),
             ),
         };
@@ -149,8 +150,9 @@ impl Variant {
             ("THREADS".to_owned(), threads.to_string()),
             (format!("sizeof({params})"), size.to_string()),
         ];
+        // offsetof, in the compiler's own words: NVRTC has no header that would define it.
         facts.extend(offsets.iter().map(|(field, offset)| {
-            let expression = format!("__builtin_offsetof({params}, {field})");
+            let expression = format!("__INTADDR__(&(({params}*)0)->{field})");
             (expression, offset.to_string())
         }));
         facts.extend(
@@ -166,7 +168,7 @@ impl Variant {
             facts.push(("SHARED_BYTES".to_owned(), shared.to_string()));
             if let Reference::Sum { start, limit } = attend_sm90::rounding(attend).reference {
                 facts.push(("P_START_LOG2".to_owned(), format!("{start:?}f")));
-                facts.push(("LARGEST_E4M3".to_owned(), format!("{limit:?}f")));
+                facts.push(("SAFE_SUM".to_owned(), format!("{limit:?}f")));
             }
         }
         facts

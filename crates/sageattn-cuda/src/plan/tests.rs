@@ -38,7 +38,7 @@ fn sizes_follow_from_the_problem() {
     // 1000 rows in blocks of 192, for 16 heads.
     assert_eq!((choice.row_blocks, choice.works), (6, 96));
     let name = Variant::Attend(choice.attend).name();
-    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_c3s4");
+    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_c3s5");
 }
 
 #[test]
