@@ -49,7 +49,7 @@ pub(crate) fn devices(args: &DevicesArgs) -> Result<()> {
         return print_json(&listing);
     }
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     table.set_header(["backend", "device", "driver", "kind", "auto"]);
     for found in &listing.devices {
         let auto = if found.auto { "yes" } else { "no" };

@@ -83,7 +83,7 @@ impl Report {
             s.batch, s.q_heads, s.kv_heads, s.q_len, s.kv_len, s.head_dim, s.dtype
         );
         let mut table = Table::new();
-        table.load_preset(presets::NOTHING);
+        table.load_style(presets::NOTHING);
         table.add_rows([
             ["backend", self.backend],
             ["device", &self.device],

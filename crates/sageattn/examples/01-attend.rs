@@ -19,8 +19,7 @@ fn main() -> Result<(), Error> {
         kv_len: 200,
         head_dim: 64,
     };
-    let problem =
-        Problem::new(shape, DType::F16)?.with_mask(Mask::Causal(Align::TopLeft));
+    let problem = Problem::new(shape, DType::F16)?.with_mask(Mask::Causal(Align::TopLeft));
 
     let q = tensor(shape.q(), 1)?;
     let k = tensor(shape.kv(), 2)?;

@@ -23,7 +23,12 @@ fn main() -> Result<(), Error> {
     }
 
     // One's own order: a list of backends, first match wins. Here whatever was found, backwards.
-    let backends: Vec<&dyn Backend> = survey.devices.iter().rev().map(|device| &**device).collect();
+    let backends: Vec<&dyn Backend> = survey
+        .devices
+        .iter()
+        .rev()
+        .map(|device| &**device)
+        .collect();
     let backend = choose(&backends, &problem, &Recipe::SAGE1_B)?;
     println!("backwards: {}", backend.name());
 

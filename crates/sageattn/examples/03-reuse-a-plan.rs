@@ -24,7 +24,11 @@ fn main() -> Result<(), Error> {
     let layout = Layout::nhd(shape.q());
     let elements: usize = shape.q().iter().product();
     let bytes = (elements * DType::F32.size()) as u64;
-    let qkv = [device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(bytes)?];
+    let qkv = [
+        device.alloc(bytes)?,
+        device.alloc(bytes)?,
+        device.alloc(bytes)?,
+    ];
     let out = device.alloc(bytes)?;
     let lse = device.alloc(4 * (shape.q_heads * shape.q_len) as u64)?;
     let workspace = device.alloc(plan.workspace_bytes().max(4))?;

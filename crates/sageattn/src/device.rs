@@ -188,13 +188,11 @@ struct Tier {
 }
 
 /// In order of preference.
-const TIERS: &[Tier] = &[
-    Tier {
-        name: "cpu",
-        best: || Ok(Device::new(Cpu::new())),
-        all: || Ok(vec![Device::new(Cpu::new())]),
-    },
-];
+const TIERS: &[Tier] = &[Tier {
+    name: "cpu",
+    best: || Ok(Device::new(Cpu::new())),
+    all: || Ok(vec![Device::new(Cpu::new())]),
+}];
 
 /// Backends that are planned, so that asking for one is not answered like a typing error.
 const NOT_YET: &[&str] = &["cuda"];
@@ -238,7 +236,10 @@ mod tests {
         let error = Device::open("cuda").unwrap_err().to_string();
         assert!(error.contains("not in this version"), "{error}");
         let error = Device::open("wgqu").unwrap_err().to_string();
-        assert!(error.contains("\"wgqu\"") && error.contains("cpu"), "{error}");
+        assert!(
+            error.contains("\"wgqu\"") && error.contains("cpu"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -246,7 +247,10 @@ mod tests {
         let survey = Device::all();
         for name in Device::BACKENDS {
             let found = survey.devices.iter().any(|device| device.name() == *name);
-            let refused = survey.refusals.iter().any(|refusal| refusal.backend == *name);
+            let refused = survey
+                .refusals
+                .iter()
+                .any(|refusal| refusal.backend == *name);
             assert!(found != refused, "{name}");
         }
     }

@@ -74,11 +74,16 @@ fn install() -> Result<()> {
     anyhow::ensure!(user.trim() == "0", "not root: {by_hand}");
     println!("installing {}", PACKAGES.join(", "));
     run(apt().arg("update")).context("no package lists")?;
-    run(apt().args(["install", "--yes", "--no-install-recommends"]).args(PACKAGES)).context(by_hand)
+    run(apt()
+        .args(["install", "--yes", "--no-install-recommends"])
+        .args(PACKAGES))
+    .context(by_hand)
 }
 
 fn apt() -> std::process::Command {
     let mut command = program("apt-get");
-    command.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .arg("--quiet");
     command
 }
