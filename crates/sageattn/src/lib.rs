@@ -96,7 +96,8 @@
 //! # The map
 //!
 //! - What is computed: [`Problem`], [`Shape`], [`Mask`], [`DType`], [`Outputs`].
-//! - How it is quantized: [`Recipe`], [`Smooth`], [`Grouping`].
+//! - How it is quantized: [`Recipe`], [`Smooth`], [`Grouping`]; which recipe a layer bears:
+//!   [`mod@calibrate`].
 //! - Where tensors lie: [`Layout`], [`TensorView`], [`Buffer`], [`Io`]; in host memory: [`HostTensor`],
 //!   [`Staged`], [`attend_host`].
 //! - Who computes it: [`Device`], [`Backend`], [`Plan`], [`choose`].

@@ -20,14 +20,13 @@ pub(crate) struct Tensor {
     pub(crate) name: &'static str,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    /// Every element; its bits in the low bytes.
     pub(crate) fill: Fill,
 }
 
 #[derive(Clone, Copy)]
 pub(crate) enum Fill {
-    /// Values between -1 and 1.
-    Wave,
+    /// Values between plus and minus this amplitude.
+    Wave(f32),
     /// One value in every element.
     Value(f32),
 }
@@ -39,7 +38,7 @@ impl Fixture {
             name,
             dtype: Dtype::F32,
             shape: vec![1, 2, 9, 16],
-            fill: Fill::Wave,
+            fill: Fill::Wave(1.0),
         };
         Self {
             tensors: vec![tensor("q"), tensor("k"), tensor("v")],
@@ -104,7 +103,7 @@ impl Tensor {
     fn bytes(&self) -> Vec<u8> {
         let count: usize = self.shape.iter().product();
         let values = (0..count).map(|index| match self.fill {
-            Fill::Wave => (index as f32 * 0.37).sin(),
+            Fill::Wave(amplitude) => amplitude * (index as f32 * 0.37).sin(),
             Fill::Value(value) => value,
         });
         match self.dtype {

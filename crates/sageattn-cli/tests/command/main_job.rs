@@ -161,6 +161,20 @@ fn nan_in_the_input_is_no_failure_of_ours() {
 }
 
 #[test]
+fn nan_from_finite_input_has_its_own_code() {
+    // Scores beyond f32: outside of what the numerics promise, and still to be told.
+    let huge = Fill::Wave(1e25);
+    let file = Fixture::good().fill("q", huge).fill("k", huge).write();
+    let args = ["--backend", "cpu", "--recipe", "sage2-i8-f8", "--json"];
+    let answer = run(file.path(), &args);
+    assert_eq!(answer.code, Some(1), "{answer:?}");
+    assert_eq!(answer.stderr.lines().count(), 1, "{answer:?}");
+    assert!(answer.stderr.contains("NaN or infinity"), "{answer:?}");
+    // What was measured is still reported.
+    assert!(answer.stdout.contains("\"backend\": \"cpu\""), "{answer:?}");
+}
+
+#[test]
 fn devices_lists_the_cpu() {
     let listing = json(&sageattn(&["devices", "--json"]));
     let devices = listing["devices"].as_array().unwrap();
