@@ -112,3 +112,8 @@ mod device;
 
 pub use device::{Device, Refusal, Survey};
 pub use sageattn_core::*;
+
+/// The README's code has to build like any other.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

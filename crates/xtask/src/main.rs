@@ -2,6 +2,7 @@
 
 #![allow(
     clippy::print_stdout,
+    clippy::print_stderr,
     reason = "a chore tells what it does while it does it"
 )]
 
@@ -10,7 +11,8 @@ mod command;
 mod test;
 mod vulkan;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 /// Chores of the workspace
@@ -29,9 +31,16 @@ enum Chore {
     Accuracy,
 }
 
-fn main() -> Result<()> {
-    match Args::parse().chore {
+fn main() -> ExitCode {
+    let outcome = match Args::parse().chore {
         Chore::Test => test::test(),
         Chore::Accuracy => accuracy::accuracy(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -61,23 +61,27 @@ fn install() -> Result<()> {
         PACKAGES.join(" ")
     );
     let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let debian_like = system.lines().any(|line| {
-        let (key, value) = line.split_once('=').unwrap_or((line, ""));
-        matches!(key, "ID" | "ID_LIKE")
-            && value
-                .trim_matches('"')
-                .split_whitespace()
-                .any(|id| matches!(id, "debian" | "ubuntu"))
-    });
-    anyhow::ensure!(debian_like, "not Debian or Ubuntu: {by_hand}");
+    anyhow::ensure!(is_debian_like(&system), "not Debian or Ubuntu: {by_hand}");
     let user = stdout(program("id").arg("-u"))?;
     anyhow::ensure!(user.trim() == "0", "not root: {by_hand}");
     println!("installing {}", PACKAGES.join(", "));
-    run(apt().arg("update")).context("no package lists")?;
+    // One broken source of many fails the update; what is needed may be found all the same.
+    if let Err(error) = run(apt().arg("update")) {
+        println!("{error:#}");
+    }
     run(apt()
         .args(["install", "--yes", "--no-install-recommends"])
         .args(PACKAGES))
     .context(by_hand)
+}
+
+/// Whether `/etc/os-release` is that of Debian, Ubuntu, or a system made from one of them.
+fn is_debian_like(os_release: &str) -> bool {
+    os_release.lines().any(|line| {
+        let (key, value) = line.split_once('=').unwrap_or((line, ""));
+        let mut ids = value.trim_matches('"').split_whitespace();
+        matches!(key, "ID" | "ID_LIKE") && ids.any(|id| matches!(id, "debian" | "ubuntu"))
+    })
 }
 
 fn apt() -> std::process::Command {
@@ -86,4 +90,22 @@ fn apt() -> std::process::Command {
         .env("DEBIAN_FRONTEND", "noninteractive")
         .arg("--quiet");
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systems_made_from_debian_are_recognised() {
+        for like in [
+            "ID=debian\n",
+            "NAME=x\nID=mint\nID_LIKE=\"ubuntu debian\"\n",
+        ] {
+            assert!(is_debian_like(like), "{like}");
+        }
+        for other in ["", "ID=fedora\nVARIANT=debian\n", "ID=arch\nID_LIKE=\"\"\n"] {
+            assert!(!is_debian_like(other), "{other}");
+        }
+    }
 }

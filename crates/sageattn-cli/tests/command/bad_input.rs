@@ -94,7 +94,8 @@ fn metadata_that_makes_no_sense() {
 #[test]
 fn a_file_cut_anywhere_is_refused() {
     let bytes = Fixture::good().bytes();
-    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    let header = 8 + usize::try_from(header).unwrap();
     for len in [
         0,
         1,
