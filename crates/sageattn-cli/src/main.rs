@@ -4,6 +4,7 @@
 //! run. One line on stderr says why.
 
 mod args;
+mod bench;
 mod devices;
 mod input;
 mod output;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     start_log();
     let result = match &args.command {
         Command::Devices(args) => devices::devices(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::bench(args).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => run::run(args).map(|finite| {
             if finite {
                 ExitCode::SUCCESS
