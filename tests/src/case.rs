@@ -378,10 +378,14 @@ impl Entry {
 
 impl Software {
     fn apply(self, full: Shape) -> Shape {
+        let q_heads = self.q_heads.unwrap_or(full.q_heads);
+        // Heads that were not grouped stay so.
+        let grouped = full.kv_heads != full.q_heads;
+        let kv_heads = if grouped { full.kv_heads } else { q_heads };
         Shape {
             batch: self.batch.unwrap_or(full.batch),
-            q_heads: self.q_heads.unwrap_or(full.q_heads),
-            kv_heads: self.kv_heads.unwrap_or(full.kv_heads),
+            q_heads,
+            kv_heads: self.kv_heads.unwrap_or(kv_heads),
             q_len: self.q_len.unwrap_or(full.q_len),
             kv_len: self.kv_len.unwrap_or(full.kv_len),
             head_dim: full.head_dim,
