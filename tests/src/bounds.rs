@@ -79,6 +79,11 @@ pub fn exact(bound: Bound, recipe: &Recipe, dtype: DType) -> Option<f64> {
     Some(bound.factor * columns[column] + rounding)
 }
 
+/// Whether a measured value keeps to its bound. NaN does not.
+pub fn within(value: f64, bound: f64) -> bool {
+    value <= bound
+}
+
 /// How far two LSE of different quantizations of the same keys may lie apart: the relative error of
 /// the scores, which are a few units.
 pub fn split_lse(recipe: &Recipe) -> f64 {

@@ -107,7 +107,11 @@ impl Case {
     pub fn problem_on(&self, kind: DeviceKind) -> Result<Problem, Error> {
         let mut problem = Problem::new(self.shape_on(kind), self.dtype)?
             .with_mask(self.mask)
-            .with_outputs(if self.lse { Outputs::OAndLse } else { Outputs::O });
+            .with_outputs(if self.lse {
+                Outputs::OAndLse
+            } else {
+                Outputs::O
+            });
         if let Input::File { name } = &self.input {
             problem = problem.with_softmax_scale(data::load(name)?.problem.softmax_scale())?;
         }
@@ -126,7 +130,8 @@ impl Case {
             return Ok(data::load(name)?.tensors);
         }
         let [q, k, v] = inputs::generate(&self.input, shape, self.seed);
-        let dense = |shape, values: &[f32]| HostTensor::from_f32(Layout::hnd(shape), self.dtype, values);
+        let dense =
+            |shape, values: &[f32]| HostTensor::from_f32(Layout::hnd(shape), self.dtype, values);
         Ok([
             dense(shape.q(), &q)?,
             dense(shape.kv(), &k)?,
@@ -288,32 +293,52 @@ impl Entry {
             cases[0].shape = *file.problem.shape();
             cases[0].mask = file.problem.mask();
         }
-        sweep(&mut cases, self.len.values(|x| format!("n{x}")), |case, len| {
-            (case.shape.q_len, case.shape.kv_len) = (len, len);
-            Ok(())
-        })?;
-        sweep(&mut cases, self.q_len.values(|x| format!("q{x}")), |case, len| {
-            case.shape.q_len = len;
-            Ok(())
-        })?;
-        sweep(&mut cases, self.kv_len.values(|x| format!("k{x}")), |case, len| {
-            case.shape.kv_len = len;
-            Ok(())
-        })?;
-        sweep(&mut cases, self.head_dim.values(|x| format!("d{x}")), |case, dim| {
-            case.shape.head_dim = dim;
-            Ok(())
-        })?;
+        sweep(
+            &mut cases,
+            self.len.values(|x| format!("n{x}")),
+            |case, len| {
+                (case.shape.q_len, case.shape.kv_len) = (len, len);
+                Ok(())
+            },
+        )?;
+        sweep(
+            &mut cases,
+            self.q_len.values(|x| format!("q{x}")),
+            |case, len| {
+                case.shape.q_len = len;
+                Ok(())
+            },
+        )?;
+        sweep(
+            &mut cases,
+            self.kv_len.values(|x| format!("k{x}")),
+            |case, len| {
+                case.shape.kv_len = len;
+                Ok(())
+            },
+        )?;
+        sweep(
+            &mut cases,
+            self.head_dim.values(|x| format!("d{x}")),
+            |case, dim| {
+                case.shape.head_dim = dim;
+                Ok(())
+            },
+        )?;
         let kv_heads = self.kv_heads.values(|x| format!("kv{x}"));
         sweep(&mut cases, kv_heads, |case, heads| {
             case.shape.kv_heads = heads;
             Ok(())
         })?;
-        sweep(&mut cases, self.dtype.values(String::clone), |case, name| {
-            let dtype = DType::ALL.into_iter().find(|dtype| dtype.name() == name);
-            case.dtype = dtype.ok_or_else(|| format!("unknown dtype {name:?}"))?;
-            Ok(())
-        })?;
+        sweep(
+            &mut cases,
+            self.dtype.values(String::clone),
+            |case, name| {
+                let dtype = DType::ALL.into_iter().find(|dtype| dtype.name() == name);
+                case.dtype = dtype.ok_or_else(|| format!("unknown dtype {name:?}"))?;
+                Ok(())
+            },
+        )?;
         sweep(&mut cases, self.mask.values(String::clone), |case, name| {
             case.mask = mask(&name)?;
             Ok(())
@@ -323,11 +348,17 @@ impl Entry {
             case.arrangement = arrangement;
             Ok(())
         })?;
-        sweep(&mut cases, self.scale.values(|x| format!("scale{x}")), |case, scale| {
-            case.scale = Some(scale);
-            Ok(())
-        })?;
-        let lse = self.lse.values(|lse| if *lse { "lse" } else { "o" }.to_owned());
+        sweep(
+            &mut cases,
+            self.scale.values(|x| format!("scale{x}")),
+            |case, scale| {
+                case.scale = Some(scale);
+                Ok(())
+            },
+        )?;
+        let lse = self
+            .lse
+            .values(|lse| if *lse { "lse" } else { "o" }.to_owned());
         sweep(&mut cases, lse, |case, lse| {
             case.lse = lse;
             Ok(())
@@ -453,7 +484,12 @@ mod tests {
 
     #[test]
     fn mistakes_name_the_case() {
-        for line in ["mask = \"causal\"", "head_dim = 300", "recipes = [\"x\"]", "lenn = 3"] {
+        for line in [
+            "mask = \"causal\"",
+            "head_dim = 300",
+            "recipes = [\"x\"]",
+            "lenn = 3",
+        ] {
             let text = format!("[[case]]\nname = \"c\"\nwhy = \"w\"\n{line}\n");
             let error = parse("group", &text).unwrap_err();
             assert!(error.starts_with("group"), "{error}");

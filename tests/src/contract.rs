@@ -28,7 +28,10 @@ pub const ALL: [(&str, Check); 9] = [
     ("supports_and_plan_agree", supports_and_plan_agree),
     ("scratch_ranges_fit", scratch_ranges_fit),
     ("foreign_buffers_are_refused", foreign_buffers_are_refused),
-    ("another_problems_io_is_refused", another_problems_io_is_refused),
+    (
+        "another_problems_io_is_refused",
+        another_problems_io_is_refused,
+    ),
     ("a_bad_workspace_is_refused", a_bad_workspace_is_refused),
     ("copies_stay_in_bounds", copies_stay_in_bounds),
     ("a_plan_is_shared_by_threads", a_plan_is_shared_by_threads),
@@ -199,7 +202,9 @@ fn foreign_buffers_are_refused(backend: &dyn Backend) -> Result<Outcome, String>
 fn another_problems_io_is_refused(backend: &dyn Backend) -> Result<Outcome, String> {
     let call = Call::new(backend).map_err(text)?;
     let other = call.problem.with_mask(Mask::Causal(Align::TopLeft));
-    let plan = backend.plan(&other, &backend.preferred(&other)).map_err(text)?;
+    let plan = backend
+        .plan(&other, &backend.preferred(&other))
+        .map_err(text)?;
     let workspace = backend.alloc(plan.workspace_bytes().max(4)).map_err(text)?;
     let io = call.io(None).map_err(text)?;
     refused_for("io", &plan.run(&io, workspace.as_ref()))
@@ -228,9 +233,13 @@ fn copies_stay_in_bounds(backend: &dyn Backend) -> Result<Outcome, String> {
     refused(&backend.upload(buffer.as_ref(), size - 4, &[0; 8]))?;
     refused(&backend.download(buffer.as_ref(), size, &mut [0; 4]))?;
     refused(&backend.upload(buffer.as_ref(), u64::MAX - 3, &[0; 8]))?;
-    backend.upload(buffer.as_ref(), 4, &[1, 2, 3, 4, 5, 6, 7, 8]).map_err(text)?;
+    backend
+        .upload(buffer.as_ref(), 4, &[1, 2, 3, 4, 5, 6, 7, 8])
+        .map_err(text)?;
     let mut back = [0; 8];
-    backend.download(buffer.as_ref(), 4, &mut back).map_err(text)?;
+    backend
+        .download(buffer.as_ref(), 4, &mut back)
+        .map_err(text)?;
     if back != [1, 2, 3, 4, 5, 6, 7, 8] {
         return Err(format!("a copy came back as {back:?}"));
     }
@@ -265,8 +274,13 @@ fn profile_computes_and_times(backend: &dyn Backend) -> Result<Outcome, String> 
     call.plan.run(&io, call.workspace.as_ref()).map_err(text)?;
     let expected = call.output(backend).map_err(text)?;
     let zeros = vec![0; expected.len()];
-    backend.upload(call.tensors[3].as_ref(), 0, &zeros).map_err(text)?;
-    let profile = call.plan.profile(&io, call.workspace.as_ref()).map_err(text)?;
+    backend
+        .upload(call.tensors[3].as_ref(), 0, &zeros)
+        .map_err(text)?;
+    let profile = call
+        .plan
+        .profile(&io, call.workspace.as_ref())
+        .map_err(text)?;
     if call.output(backend).map_err(text)? != expected {
         return Err("profile does not compute what run does".to_owned());
     }

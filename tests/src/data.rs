@@ -1,7 +1,7 @@
 //! The real activations of `tests/data`, embedded.
 
-use sageattn_core::{DType, Error, HostTensor, Layout, Mask, Problem, Shape};
 use safetensors::{Dtype, SafeTensors};
+use sageattn_core::{DType, Error, HostTensor, Layout, Mask, Problem, Shape};
 
 /// Q, K and V of one attention layer of a trained model.
 #[derive(Clone, Debug)]
@@ -72,7 +72,10 @@ pub fn load(name: &str) -> Result<Activations, Error> {
         .get("softmax_scale")
         .and_then(|text| text.parse().ok())
         .ok_or_else(|| wrong("no softmax_scale in the metadata".to_owned()))?;
-    if metadata.get("causal").is_some_and(|causal| causal != "false") {
+    if metadata
+        .get("causal")
+        .is_some_and(|causal| causal != "false")
+    {
         return Err(wrong("a causal file names no alignment".to_owned()));
     }
     let problem = Problem::new(shape, DType::F16)?

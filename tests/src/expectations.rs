@@ -89,7 +89,10 @@ impl Expectations {
     ) -> Option<&KnownFailure> {
         self.known_failure.iter().find(|known| {
             known.backend == backend
-                && known.device.as_deref().is_none_or(|part| device.contains(part))
+                && known
+                    .device
+                    .as_deref()
+                    .is_none_or(|part| device.contains(part))
                 && case.starts_with(&known.case)
                 && known.recipe.as_deref().is_none_or(|name| name == recipe)
         })
@@ -99,7 +102,9 @@ impl Expectations {
 impl Claims {
     /// Whether a refusal of this recipe is a failure.
     pub fn recipe(&self, recipe: &Recipe) -> bool {
-        recipe.name().is_some_and(|name| self.recipes.iter().any(|known| known == name))
+        recipe
+            .name()
+            .is_some_and(|name| self.recipes.iter().any(|known| known == name))
     }
 }
 
@@ -122,9 +127,8 @@ mod tests {
             reason = "because"
         "#;
         let parsed = Expectations::parse(text).unwrap();
-        let covered = |device, case, recipe| {
-            parsed.known_failure("wgpu", device, case, recipe).is_some()
-        };
+        let covered =
+            |device, case, recipe| parsed.known_failure("wgpu", device, case, recipe).is_some();
         assert!(covered("llvmpipe (LLVM 15)", "shapes/tail_n1", "sage1-b"));
         assert!(!covered("H100", "shapes/tail_n1", "sage1-b"));
         assert!(!covered("llvmpipe", "shapes/long", "sage1-b"));

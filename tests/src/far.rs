@@ -30,7 +30,9 @@ pub(crate) fn offsets_are_64_bit(backend: &dyn Backend) -> Result<Outcome, Strin
         return Ok(Outcome::NotHere(reason.to_owned()));
     }
     match attempt(backend) {
-        Ok(error) if error <= bounds::tight(DType::F16, &backend_recipe(backend)?) => Ok(Outcome::Held),
+        Ok(error) if error <= bounds::tight(DType::F16, &backend_recipe(backend)?) => {
+            Ok(Outcome::Held)
+        }
         Ok(error) => Err(format!("relative L1 from faithful is {error:.3e}")),
         // A device that cannot hold or bind such a tensor must say so, and nothing is wrong.
         Err(refusal @ (Error::OutOfMemory { .. } | Error::Unsupported(_))) => {
@@ -63,14 +65,22 @@ fn attempt(backend: &dyn Backend) -> Result<f64, Error> {
     for slot in 0..3 {
         let values = inputs::normal(9, slot as u64, SHAPE.q());
         let tensor = HostTensor::from_f32(Layout::hnd(SHAPE.q()), DType::F16, &values)?;
-        for (start, row) in rows(layout(slot)).zip(tensor.bytes().chunks_exact(2 * SHAPE.head_dim)) {
+        for (start, row) in rows(layout(slot)).zip(tensor.bytes().chunks_exact(2 * SHAPE.head_dim))
+        {
             backend.upload(inputs_buffer.as_ref(), start, row)?;
         }
         dense.push(tensor.to_f32());
     }
     let view = |buffer, slot| TensorView::new(buffer, layout(slot), DType::F16);
     let from = inputs_buffer.as_ref() as &dyn Buffer;
-    let io = Io::bind(&problem, view(from, 0), view(from, 1), view(from, 2), view(out_buffer.as_ref(), 3), None)?;
+    let io = Io::bind(
+        &problem,
+        view(from, 0),
+        view(from, 1),
+        view(from, 2),
+        view(out_buffer.as_ref(), 3),
+        None,
+    )?;
     plan.run(&io, workspace.as_ref())?;
     backend.synchronize()?;
 

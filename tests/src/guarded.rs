@@ -73,7 +73,14 @@ impl<'a> GuardedCall<'a> {
         let mut inputs = Vec::with_capacity(3);
         for (name, tensor) in ["q", "k", "v"].into_iter().zip(tensors) {
             let layout = case.layout(tensor.layout().shape());
-            inputs.push(Tensor::new(backend, name, layout, tensor.dtype(), 0xff, tensor.bytes())?);
+            inputs.push(Tensor::new(
+                backend,
+                name,
+                layout,
+                tensor.dtype(),
+                0xff,
+                tensor.bytes(),
+            )?);
         }
         let dtype = problem.dtype();
         let out = shifted(case.layout(problem.shape().q()), GUARD / dtype.size());
@@ -165,11 +172,15 @@ impl<'a> GuardedCall<'a> {
         guarded("lse", &bytes[..start])?;
         guarded("lse", &bytes[end..])?;
         let words = bytes[start..end].as_chunks().0;
-        Ok(Some(words.iter().map(|&word| f32::from_le_bytes(word)).collect()))
+        Ok(Some(
+            words.iter().map(|&word| f32::from_le_bytes(word)).collect(),
+        ))
     }
 
     fn scratch_after(&self) -> Result<Vec<u8>, String> {
-        let mut bytes = self.download(self.workspace.as_ref()).map_err(|e| e.to_string())?;
+        let mut bytes = self
+            .download(self.workspace.as_ref())
+            .map_err(|e| e.to_string())?;
         let mut ranges = self.describe().scratch;
         ranges.sort_by_key(|range| range.offset);
         let mut end = 0;
@@ -201,7 +212,14 @@ impl<'a> GuardedCall<'a> {
             buffer,
             offset: GUARD / 4,
         });
-        Io::bind(&self.problem, q.view(), k.view(), v.view(), self.out.view(), lse)
+        Io::bind(
+            &self.problem,
+            q.view(),
+            k.view(),
+            v.view(),
+            self.out.view(),
+            lse,
+        )
     }
 }
 
@@ -215,7 +233,10 @@ impl Tensor {
         between: u8,
         dense: &[u8],
     ) -> Result<Self, Error> {
-        let end = layout.end().unwrap_or(usize::MAX).saturating_mul(dtype.size());
+        let end = layout
+            .end()
+            .unwrap_or(usize::MAX)
+            .saturating_mul(dtype.size());
         let mut tensor = Self {
             name,
             layout,
@@ -293,13 +314,18 @@ fn to_usize(bytes: u64) -> Result<usize, Error> {
 fn guarded(what: &str, bytes: &[u8]) -> Result<(), String> {
     match bytes.iter().position(|&byte| byte != GUARD_BYTE) {
         None => Ok(()),
-        Some(at) => Err(format!("{what}: guard byte {at} of {} was written", bytes.len())),
+        Some(at) => Err(format!(
+            "{what}: guard byte {at} of {} was written",
+            bytes.len()
+        )),
     }
 }
 
 fn unchanged(what: &str, before: &[u8], after: &[u8]) -> Result<(), String> {
     match before.iter().zip(after).position(|(a, b)| a != b) {
         None => Ok(()),
-        Some(at) => Err(format!("{what}: byte {at} outside its elements was written")),
+        Some(at) => Err(format!(
+            "{what}: byte {at} outside its elements was written"
+        )),
     }
 }

@@ -113,7 +113,9 @@ pub(crate) fn generate(input: &Input, shape: &Shape, seed: u64) -> [Vec<f32>; 3]
                 }
             });
         }
-        Input::AllZero => [&mut q, &mut k, &mut v].into_iter().for_each(|x| x.fill(0.0)),
+        Input::AllZero => [&mut q, &mut k, &mut v]
+            .into_iter()
+            .for_each(|x| x.fill(0.0)),
         Input::ZeroChannels => rows(&mut v, dim, |_, row| {
             row.iter_mut().step_by(3).for_each(|x| *x = 0.0);
         }),
@@ -134,7 +136,9 @@ pub(crate) fn generate(input: &Input, shape: &Shape, seed: u64) -> [Vec<f32>; 3]
             let along = 6.0 / (dim as f32).sqrt();
             rows(&mut k, dim, |at, row| {
                 if at % shape.kv_len == 0 {
-                    row.iter_mut().zip(&direction).for_each(|(x, d)| *x += along * d);
+                    row.iter_mut()
+                        .zip(&direction)
+                        .for_each(|(x, d)| *x += along * d);
                 }
             });
             rows(&mut v, dim, |at, row| {

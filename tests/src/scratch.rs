@@ -137,7 +137,10 @@ impl Side<'_> {
         }
         // A code in a thousand lies that near a tie by chance.
         if compared.near_ties > compared.codes / 100 + 2 {
-            return Err(format!("{}_codes: {compared:?}, too many at ties", self.name));
+            return Err(format!(
+                "{}_codes: {compared:?}, too many at ties",
+                self.name
+            ));
         }
         Ok(compared)
     }
@@ -172,11 +175,17 @@ impl Side<'_> {
         let mut occupied = vec![false; amax.len()];
         (0..self.len).for_each(|row| occupied[self.groups.of(row)] = true);
         for (group, (&scale, &amax)) in scales.iter().zip(amax).enumerate() {
-            let expected = if amax < ZERO_AMAX { 1.0 } else { amax / self.largest };
+            let expected = if amax < ZERO_AMAX {
+                1.0
+            } else {
+                amax / self.largest
+            };
             // Groups without rows are padding: they scale nothing.
             if occupied[group] && ulps(scale, expected) > bounds::SCALE_ULPS {
                 let name = self.name;
-                return Err(format!("{name}_scales: head {head}, group {group} is {scale}, not {expected}"));
+                return Err(format!(
+                    "{name}_scales: head {head}, group {group} is {scale}, not {expected}"
+                ));
             }
         }
         Ok(())
@@ -186,7 +195,11 @@ impl Side<'_> {
 /// Whether a code is the rounded quotient (`Ok(false)`), its neighbour near a tie (`Ok(true)`), or
 /// wrong (the code it should be).
 fn judge(x: f32, scale: f32, zero: bool, largest: f32, code: i8) -> Result<bool, f64> {
-    let quotient = if zero { 0.0 } else { f64::from(x) / f64::from(scale) };
+    let quotient = if zero {
+        0.0
+    } else {
+        f64::from(x) / f64::from(scale)
+    };
     let largest = f64::from(largest);
     let expected = quotient.round_ties_even().clamp(-largest, largest);
     let off = (f64::from(code) - expected).abs();
@@ -220,8 +233,8 @@ fn check_mean(
                 .sum();
             let (expected, got) = (sum / samples as f64, f64::from(mean[head * dim + channel]));
             let error = (got - expected).abs();
-            // Not `error > bound`: a mean that is NaN must not pass.
-            if !(error <= bounds::MEAN * f64::from(largest)) && expected.is_finite() {
+            let bound = bounds::MEAN * f64::from(largest);
+            if !bounds::within(error, bound) && expected.is_finite() {
                 return Err(format!(
                     "k_mean: head {head}, channel {channel} is {got}, not {expected}"
                 ));
@@ -246,7 +259,9 @@ fn floats(
             range.name
         ));
     }
-    let words = bytes[to_usize(range.offset)..][..to_usize(range.bytes)].as_chunks().0;
+    let words = bytes[to_usize(range.offset)..][..to_usize(range.bytes)]
+        .as_chunks()
+        .0;
     let rows = words.chunks_exact(stored.max(1));
     Ok(rows
         .flat_map(|row| row[..count].iter().map(|&word| f32::from_le_bytes(word)))

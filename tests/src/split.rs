@@ -25,6 +25,8 @@ pub(crate) fn run(
     let (_, second) = part(backend, prepared, recipe, half, kv_len)?;
     let (out, lse) = merge(problem, &first, &second)?;
 
+    let bound = bounds::exact(prepared.case.bound, recipe, problem.dtype());
+    let bound = bound.ok_or_else(|| "a split case needs a bound".to_owned())?;
     let one_call: Vec<f64> = whole.out.iter().map(|&x| f64::from(x)).collect();
     let head_dim = problem.shape().head_dim;
     let report = Report {
@@ -32,22 +34,26 @@ pub(crate) fn run(
         tight: Metrics::compare(&out, &one_call),
         worst_row: Metrics::worst_row(&out, &one_call, head_dim, bounds::ROW_FLOOR),
         exact: Metrics::compare(&out, &prepared.exact().out),
+        exact_bound: Some(bound),
         lse: lse_error(&lse, whole.lse.as_deref().unwrap_or_default()),
         codes: Compared::default(),
     };
-    let bound = bounds::exact(prepared.case.bound, recipe, problem.dtype());
-    let bound = bound.ok_or_else(|| "a split case needs a bound".to_owned())?;
     let tolerance = bounds::split_lse(recipe);
     let checks = [
         // Halves and whole are each within the bound of f64, so they are within twice of each other.
-        ("merged from one call, relative L1", report.tight.rel_l1, 2.0 * bound),
+        (
+            "merged from one call, relative L1",
+            report.tight.rel_l1,
+            2.0 * bound,
+        ),
         ("merged from exact, relative L1", report.exact.rel_l1, bound),
         ("merged LSE from one call", report.lse, tolerance),
     ];
     for (what, value, bound) in checks {
-        // Not `value > bound`: NaN must not pass.
-        if !(value <= bound) {
-            return Err(Failure::Wrong(format!("{what} is {value:.3e}, above {bound:.3e}")));
+        if !bounds::within(value, bound) {
+            return Err(Failure::Wrong(format!(
+                "{what} is {value:.3e}, above {bound:.3e}"
+            )));
         }
     }
     match report.tight.not_finite + report.exact.not_finite {
@@ -107,7 +113,9 @@ fn merge(
         let max = a.max(b);
         let (wa, wb) = ((a - max).exp(), (b - max).exp());
         lse.push(max + (wa + wb).ln());
-        let rows = first.out[row * dim..][..dim].iter().zip(&second.out[row * dim..]);
+        let rows = first.out[row * dim..][..dim]
+            .iter()
+            .zip(&second.out[row * dim..]);
         out.extend(rows.map(|(x, y)| (wa * x + wb * y) / (wa + wb)));
     }
     round_to(problem.dtype(), &mut out);

@@ -59,7 +59,9 @@ pub fn main() -> ExitCode {
     if conclusion.num_passed + conclusion.num_failed == 0 {
         complaints.push("no trial ran".to_owned());
     }
-    if let Some(Err(error)) = std::env::var_os(REPORT).map(|path| std::fs::write(path, suite.tally.table())) {
+    if let Some(Err(error)) =
+        std::env::var_os(REPORT).map(|path| std::fs::write(path, suite.tally.table()))
+    {
         complaints.push(format!("{REPORT}: {error}"));
     }
     tell(&suite.tally.worst());
@@ -87,10 +89,12 @@ struct Suite {
 
 /// Tensors and references by case and kind of device, each made when the first trial needs it.
 #[derive(Default)]
-struct Cache(Mutex<BTreeMap<(String, bool), Arc<OnceLock<Result<Prepared, Error>>>>>);
+struct Cache(Mutex<BTreeMap<(String, bool), Slot>>);
+
+type Slot = Arc<OnceLock<Result<Prepared, Error>>>;
 
 impl Cache {
-    fn get(&self, case: &Case, kind: DeviceKind) -> Arc<OnceLock<Result<Prepared, Error>>> {
+    fn get(&self, case: &Case, kind: DeviceKind) -> Slot {
         let key = (case.name.clone(), kind == DeviceKind::Gpu);
         let cell = {
             let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -143,7 +147,7 @@ impl Suite {
             };
             match (result, known) {
                 (Ok(report), None) => {
-                    tally.measured(&label, &case.name, &recipe_name, &report);
+                    tally.measured(&label, &case, &recipe_name, &report);
                     passed(&tally, &label)
                 }
                 (Ok(_), Some(known)) => {
@@ -202,7 +206,10 @@ impl Suite {
             let counts = self.tally.counts(&found.label);
             let ran = counts.passed + counts.failed;
             (ran < at_least).then(|| {
-                format!("{}: {ran} trials ran, expectations.toml says at least {at_least}", found.label)
+                format!(
+                    "{}: {ran} trials ran, expectations.toml says at least {at_least}",
+                    found.label
+                )
             })
         });
         let mut complaints: Vec<String> = short.collect();
@@ -240,7 +247,10 @@ fn heading(found: &[Found], absent: &[Absent]) -> String {
     text
 }
 
-#[expect(clippy::print_stdout, reason = "the report of a test binary belongs on its standard output")]
+#[expect(
+    clippy::print_stdout,
+    reason = "the report of a test binary belongs on its standard output"
+)]
 fn tell(text: &str) {
     print!("{text}");
 }
