@@ -110,7 +110,8 @@ impl Choice {
 
     /// Opens the device for more than one problem.
     pub(crate) fn open_any(&self) -> Result<Device, Error> {
-        self.backend.map_or_else(|| Ok(Device::best()), Device::open)
+        self.backend
+            .map_or_else(|| Ok(Device::best()), Device::open)
     }
 
     /// The recipe that was asked for, if one was.

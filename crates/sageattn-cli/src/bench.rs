@@ -47,7 +47,12 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
     })?;
     drop(progress);
     if let (true, Some(first)) = (rows.is_empty(), refused.first()) {
-        bail!("no case of suite {} ran; {}: {}", args.suite, first.case, first.reason);
+        bail!(
+            "no case of suite {} ran; {}: {}",
+            args.suite,
+            first.case,
+            first.reason
+        );
     }
     let report = Report {
         suite: &args.suite,
