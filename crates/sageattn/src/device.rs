@@ -194,7 +194,7 @@ struct Tier {
 const TIERS: &[Tier] = &[Tier {
     name: "cpu",
     best: || Ok(Device::new(Cpu::new())),
-    all: || Ok(vec![Device::new(Cpu::new())]),
+    all: || vec![Ok(Device::new(Cpu::new()))],
 }];
 
 /// Backends that are planned, so that asking for one is not answered like a typing error.

@@ -212,6 +212,12 @@ fn names_that_are_unknown() {
         &run(file, &["--mask", "causal"]),
         &["mask", "causal-top-left", "causal-bottom-right"],
     );
+    refused(
+        &sageattn(&["bench", "--suite", "everything"]),
+        &["suite", "\"everything\"", "quick"],
+    );
+    refused(&sageattn(&["bench", "--recipe", "sage9"]), &["\"sage9\""]);
+    refused(&sageattn(&["bench", "--backend", "tpu"]), &["\"tpu\""]);
 }
 
 #[test]

@@ -187,6 +187,24 @@ fn devices_lists_the_cpu() {
 }
 
 #[test]
+fn bench_reports_every_case_of_its_suite() {
+    let args = ["bench", "--suite", "quick", "--backend", "cpu"];
+    let report = json(&sageattn(
+        &[&args[..], &["--recipe", "sage1-t", "--json"]].concat(),
+    ));
+    assert_eq!(report["suite"], "quick");
+    assert!(report["refused"].as_array().unwrap().is_empty(), "{report}");
+    let rows = report["rows"].as_array().unwrap();
+    assert!(!rows.is_empty());
+    for row in rows {
+        assert_eq!(row["backend"], "cpu");
+        assert_eq!(row["recipe"], "sage1-t");
+        assert!(row["call_us"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["tops"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
+#[test]
 fn a_reader_that_stops_early_is_no_failure() {
     for args in [
         &["devices"][..],
