@@ -12,6 +12,7 @@ mod report;
 mod run;
 mod terminal;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -45,14 +46,14 @@ fn main() -> ExitCode {
     })
 }
 
-/// Logs to stderr as `RUST_LOG` says. Without it only this library's own warnings are let through:
+/// Logs to stderr as `RUST_LOG` says. Without it only this library's own errors are let through:
 /// graphics drivers are chatty.
 fn start_log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        EnvFilter::new("off,sageattn=warn,sageattn_core=warn,sageattn_wgpu=warn")
-    });
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off,sageattn=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use sageattn_core::{Backend, Cpu, DeviceKind, Error, Problem, Recipe, choose};
+use sageattn_core::{Backend, Cpu, DeviceKind, Error, Problem, Recipe};
 
 /// A device that computes attention: one opened [`Backend`], cheap to clone.
 ///
@@ -38,9 +38,11 @@ impl Device {
     ///
     /// What was chosen, and why the others were not, goes to the log (`tracing`, level info).
     pub fn best() -> Self {
-        Self::candidates()
+        let device = Self::candidates()
             .next()
-            .unwrap_or_else(|| Self::new(Cpu::new()))
+            .unwrap_or_else(|| Self::new(Cpu::new()));
+        tracing::info!(%device, "chosen");
+        device
     }
 
     /// As [`best`](Self::best), for one call: the first device that takes the problem with the recipe,
@@ -62,10 +64,15 @@ impl Device {
         let mut refusals = Vec::new();
         for device in Self::candidates() {
             let recipe = recipe.unwrap_or_else(|| device.preferred(problem));
-            match choose(&[&*device], problem, &recipe) {
-                Ok(_) => return Ok((device, recipe)),
-                Err(Error::NoBackend { refusals: refused }) => refusals.extend(refused),
-                Err(error) => return Err(error),
+            match device.supports(problem, &recipe) {
+                Ok(()) => {
+                    tracing::info!(%device, %recipe, "chosen");
+                    return Ok((device, recipe));
+                }
+                Err(refusal) => {
+                    tracing::info!(%refusal, "passed over");
+                    refusals.push(refusal);
+                }
             }
         }
         Err(Error::NoBackend { refusals })
@@ -127,12 +134,9 @@ impl Device {
     /// The best device of each backend that has one, in order of preference, opened one at a time.
     fn candidates() -> impl Iterator<Item = Self> {
         TIERS.iter().filter_map(|tier| match (tier.best)() {
-            Ok(device) if device.is_candidate() => {
-                tracing::info!(backend = tier.name, %device, "found a device");
-                Some(device)
-            }
+            Ok(device) if device.is_candidate() => Some(device),
             Ok(device) => {
-                tracing::info!(backend = tier.name, %device, "passed over: runs in software");
+                tracing::info!(%device, "passed over: a GPU interface in software");
                 None
             }
             Err(error) => {
@@ -191,11 +195,32 @@ struct Tier {
 }
 
 /// In order of preference.
-const TIERS: &[Tier] = &[Tier {
-    name: "cpu",
-    best: || Ok(Device::new(Cpu::new())),
-    all: || vec![Ok(Device::new(Cpu::new()))],
-}];
+const TIERS: &[Tier] = &[
+    #[cfg(feature = "wgpu")]
+    Tier {
+        name: "wgpu",
+        best: || sageattn_wgpu::Wgpu::best().map(Device::new),
+        all: every_adapter,
+    },
+    Tier {
+        name: "cpu",
+        best: || Ok(Device::new(Cpu::new())),
+        all: || vec![Ok(Device::new(Cpu::new()))],
+    },
+];
+
+#[cfg(feature = "wgpu")]
+fn every_adapter() -> Vec<Result<Device, Error>> {
+    use sageattn_wgpu::Wgpu;
+
+    let adapters = Wgpu::adapters();
+    if adapters.is_empty() {
+        // Its error says what was tried.
+        return vec![Wgpu::best().map(Device::new)];
+    }
+    let open = |adapter| Wgpu::open(adapter).map(Device::new);
+    adapters.iter().map(open).collect()
+}
 
 /// Backends that are planned, so that asking for one is not answered like a typing error.
 const NOT_YET: &[&str] = &["cuda"];
