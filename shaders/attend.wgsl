@@ -183,22 +183,65 @@ fn mask_row(s: vec4<f32>, keys: vec4<u32>, visible: u32) -> vec4<f32> {
     return select(vec4<f32>(MASKED), s, keys < vec4<u32>(visible));
 }
 
-fn write_group(start: u32, quad: u32, o: vec4<f32>, sum: f32, scales_at: u32) {
+// Where a row's results go.
+struct Place {
+    batch: u32,
+    head: u32,
+    pair: u32,
+    scales: u32,
+}
+
+// What an invocation holds of a row at the end: four channels of each group, and the row's state.
+struct Row {
+    o0: vec4<f32>,
+    o1: vec4<f32>,
+    o2: vec4<f32>,
+    o3: vec4<f32>,
+    maximum: f32,
+    sum: f32,
+    unrounded: f32,
+}
+
+fn write_group(start: u32, quad: u32, o: vec4<f32>, sum: f32, scales: u32) {
     let channel = 4u * quad;
     if (channel >= HEAD_DIM) {
         return;
     }
+    // A row that sees no key has no sum: O is zero.
     var x = vec4<f32>();
     if (sum > 0.0) {
         x = o / sum;
     }
     if (V_SCALED) {
-        x.x *= floats[scales_at + channel];
-        if (channel + 1u < HEAD_DIM) { x.y *= floats[scales_at + channel + 1u]; }
-        if (channel + 2u < HEAD_DIM) { x.z *= floats[scales_at + channel + 2u]; }
-        if (channel + 3u < HEAD_DIM) { x.w *= floats[scales_at + channel + 3u]; }
+        x.x *= floats[scales + channel];
+        if (channel + 1u < HEAD_DIM) { x.y *= floats[scales + channel + 1u]; }
+        if (channel + 2u < HEAD_DIM) { x.z *= floats[scales + channel + 2u]; }
+        if (channel + 3u < HEAD_DIM) { x.w *= floats[scales + channel + 3u]; }
     }
     store_quad(start, quad, x);
+}
+
+fn write_row(place: Place, query: u32, column: u32, row: Row) {
+    if (query >= params.q_len) {
+        return;
+    }
+    let start = row_start(params.out, place.batch, place.head, query);
+    write_group(start, column, row.o0, row.sum, place.scales);
+    if (GROUPS > 1u) { write_group(start, column + 16u, row.o1, row.sum, place.scales); }
+    if (GROUPS > 2u) { write_group(start, column + 32u, row.o2, row.sum, place.scales); }
+    if (GROUPS > 3u) { write_group(start, column + 48u, row.o3, row.sum, place.scales); }
+    if (LSE && column == 0u) {
+        let at = place.pair * params.q_len + query;
+        var bits = MINUS_INFINITY_BITS;
+        if (row.unrounded > 0.0) {
+            var x = (row.maximum + log2(row.unrounded)) * LN_2;
+            if (LSE_BIAS) {
+                x += floats[params.lse_bias + at];
+            }
+            bits = bitcast<u32>(x);
+        }
+        lse[params.lse + at] = bits;
+    }
 }
 
 @compute @workgroup_size(THREADS)
@@ -329,27 +372,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (LSE) {
         unrounded = row_sum(row, column, state.unrounded);
     }
-    let scales_at = params.v_scales + kv_pair * HEAD_DIM;
-    let lse_at = pair * params.q_len;
-    for (var i = 0u; i < 4u; i++) {
-        if (query + i < params.q_len) {
-            let start = params.out.offset + batch * params.out.batch + head * params.out.head
-                + (query + i) * params.out.row;
-            write_group(start, column, o0[i], sum[i], scales_at);
-            if (GROUPS > 1u) { write_group(start, column + 16u, o1[i], sum[i], scales_at); }
-            if (GROUPS > 2u) { write_group(start, column + 32u, o2[i], sum[i], scales_at); }
-            if (GROUPS > 3u) { write_group(start, column + 48u, o3[i], sum[i], scales_at); }
-            if (LSE && column == 0u) {
-                var bits = MINUS_INFINITY_BITS;
-                if (unrounded[i] > 0.0) {
-                    var x = (state.maximum[i] + log2(unrounded[i])) * LN_2;
-                    if (LSE_BIAS) {
-                        x += floats[params.lse_bias + lse_at + query + i];
-                    }
-                    bits = bitcast<u32>(x);
-                }
-                lse[params.lse + lse_at + query + i] = bits;
-            }
-        }
-    }
+    let place = Place(batch, head, pair, params.v_scales + kv_pair * HEAD_DIM);
+    write_row(place, query, column, Row(o0[0], o1[0], o2[0], o3[0], state.maximum.x, sum.x, unrounded.x));
+    write_row(place, query + 1u, column, Row(o0[1], o1[1], o2[1], o3[1], state.maximum.y, sum.y, unrounded.y));
+    write_row(place, query + 2u, column, Row(o0[2], o1[2], o2[2], o3[2], state.maximum.z, sum.z, unrounded.z));
+    write_row(place, query + 3u, column, Row(o0[3], o1[3], o2[3], o3[3], state.maximum.w, sum.w, unrounded.w));
 }

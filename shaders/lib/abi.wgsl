@@ -9,6 +9,11 @@ struct View {
     offset: u32,
 }
 
+// The first word of a row.
+fn row_start(view: View, batch: u32, head: u32, row: u32) -> u32 {
+    return view.offset + batch * view.batch + head * view.head + row * view.row;
+}
+
 // The stages that read one of Q, K and V.
 struct TensorParams {
     view: View,

@@ -1,10 +1,6 @@
 // Reads four neighbouring channels of a row of `tensor` as f32; channels past HEAD_DIM are zero.
 // Words are read only where a channel of this row lies in them.
 
-fn row_start(view: View, batch: u32, head: u32, row: u32) -> u32 {
-    return view.offset + batch * view.batch + head * view.head + row * view.row;
-}
-
 fn load_quad(start: u32, quad: u32) -> vec4<f32> {
     let channel = 4u * quad;
     var x = vec4<f32>();

@@ -41,14 +41,21 @@ impl HostTensor {
     /// bytes that no element covers are zero.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the number of values is not the layout's.
+    /// [`Error::Invalid`] when the number of values is not the layout's, or its strides reach past what
+    /// memory can hold.
     pub fn from_f32(layout: Layout, dtype: DType, values: &[f32]) -> Result<Self, Error> {
-        let elements = layout.end().unwrap_or(usize::MAX);
         if layout.shape().iter().product::<usize>() != values.len() {
             let reason = format!("{} values for shape {:?}", values.len(), layout.shape());
             return Err(Error::invalid("tensor", reason));
         }
-        let mut bytes = vec![0; elements.saturating_mul(dtype.size())];
+        let size = layout.end().and_then(|end| end.checked_mul(dtype.size()));
+        let Some(size) = size.filter(|&size| isize::try_from(size).is_ok()) else {
+            return Err(Error::invalid(
+                "tensor",
+                format!("{layout:?} does not fit memory"),
+            ));
+        };
+        let mut bytes = vec![0; size];
         write_dense(&mut bytes, &layout, dtype, values);
         Ok(Self {
             layout,
@@ -183,7 +190,7 @@ impl<'a> Staged<'a> {
     ) -> Result<Self, Error> {
         let plan = backend.plan(problem, recipe)?;
         let out_layout = Layout::hnd_padded(problem.shape().q(), problem.dtype());
-        let out_bytes = (out_layout.end().unwrap_or(usize::MAX) * problem.dtype().size()) as u64;
+        let out_bytes = padded_bytes(&out_layout, problem.dtype()) as u64;
         let lse_bytes = 4 * (problem.shape().q()[..3].iter().product::<usize>() as u64);
         let lse = match problem.outputs() {
             Outputs::O => None,
@@ -195,7 +202,7 @@ impl<'a> Staged<'a> {
                 upload(backend, k)?,
                 upload(backend, v)?,
             ],
-            out: (backend.alloc(out_bytes.next_multiple_of(4))?, out_layout),
+            out: (backend.alloc(out_bytes)?, out_layout),
             lse,
             workspace: backend.alloc(plan.workspace_bytes().max(4))?,
             problem: *problem,
@@ -233,7 +240,7 @@ impl<'a> Staged<'a> {
     /// As [`Backend::download`].
     pub fn output(&self) -> Result<HostOutput, Error> {
         let (buffer, layout) = &self.out;
-        let mut bytes = vec![0; buffer.bytes() as usize];
+        let mut bytes = vec![0; padded_bytes(layout, self.problem.dtype())];
         self.backend.download(buffer.as_ref(), 0, &mut bytes)?;
         let out = read_dense(&bytes, layout, self.problem.dtype());
         let lse = match &self.lse {
@@ -299,6 +306,14 @@ fn upload(backend: &dyn Backend, tensor: &HostTensor) -> Result<(Box<dyn Buffer>
     let buffer = backend.alloc(bytes.len() as u64)?;
     backend.upload(buffer.as_ref(), 0, &bytes)?;
     Ok((buffer, tensor.layout))
+}
+
+/// The bytes a tensor spans, in whole words as [`Backend::upload`] wants them.
+fn padded_bytes(layout: &Layout, dtype: DType) -> usize {
+    let bytes = layout.end().and_then(|end| end.checked_mul(dtype.size()));
+    bytes
+        .and_then(|bytes| bytes.checked_next_multiple_of(4))
+        .unwrap_or(usize::MAX)
 }
 
 /// Reads a strided tensor into dense `[batch, heads, len, head_dim]` order. The layout lies within

@@ -145,7 +145,7 @@ impl Problem {
                 return Err(Error::invalid(name, "is zero"));
             }
         }
-        if shape.q_heads % shape.kv_heads != 0 {
+        if !shape.q_heads.is_multiple_of(shape.kv_heads) {
             let reason = format!(
                 "{} is not a multiple of kv_heads {}",
                 shape.q_heads, shape.kv_heads

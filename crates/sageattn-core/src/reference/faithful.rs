@@ -1,0 +1,343 @@
+//! What a recipe computes, rounding for rounding: the oracle that kernels are compared with.
+//!
+//! For each query row, over key tiles in the kernel's order (the notation of arXiv 2410.02367,
+//! algorithm 1, in base 2):
+//!
+//! ```text
+//! s_j = c (q_codes . k_codes_j)        c = softmax_scale * log2(e) * q_scale * k_scale_j
+//! m'  = max(m, max_j s_j)              kept at m while no score exceeds it by more than the threshold
+//! a   = 2^(m - m')
+//! p_j = round(2^(s_j - m'))            f16, e4m3 or integers, each recipe its own rounding
+//! l   = a l + sum_j p_j                of the rounded p: what O is divided by
+//! O   = a O + sum_j p_j v_j
+//! ```
+//!
+//! and in the end `O = v_scale O / l`.
+
+use std::f32::consts::{LN_2, LOG2_E};
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::exact::dot;
+use super::quantize::{self, VOperand};
+use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
+use crate::{HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Rounding, SmoothQ};
+
+/// The exponent offset of e4m3 P: `2^8 = 256` is a power of two, so it scales without rounding, and
+/// stays below e4m3's 448.
+const E4M3_P_EXPONENT: f32 = 8.0;
+
+/// Attention under a recipe, in f32, before O is rounded to the tensors' element type.
+///
+/// `q`, `k` and `v` are dense `[batch, heads, len, head_dim]`.
+pub fn attend(
+    problem: &Problem,
+    recipe: &Recipe,
+    rounding: &Rounding,
+    tensors: [&[f32]; 3],
+) -> HostOutput {
+    Prepared::new(problem, recipe, tensors).attend(rounding)
+}
+
+/// Tensors quantized as the recipe says: the first half of a call.
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    problem: Problem,
+    recipe: Recipe,
+    tensors: [&'a [f32]; 3],
+    /// Per (batch, query head).
+    queries: Vec<Operand>,
+    /// Per (batch, KV head).
+    keys: Vec<Operand>,
+    /// Per (batch, KV head).
+    values: Vec<VOperand>,
+}
+
+/// Q or K of one head: what is left after subtracting the mean, and its codes.
+#[derive(Debug, Default)]
+struct Operand {
+    /// The rows that were quantized: Q, or K less its offset.
+    rows: Vec<f32>,
+    /// K's offset, or the means of Q's blocks one after the other; empty when there are none.
+    means: Vec<f32>,
+    /// Widened so that the compiler finds the multiply-add of 16-bit pairs.
+    codes: Vec<i16>,
+    scales: Vec<f32>,
+}
+
+impl<'a> Prepared<'a> {
+    /// Quantizes Q, K and V.
+    pub fn new(problem: &Problem, recipe: &Recipe, tensors: [&'a [f32]; 3]) -> Self {
+        let mut prepared = Self {
+            problem: *problem,
+            recipe: *recipe,
+            tensors,
+            queries: Vec::new(),
+            keys: Vec::new(),
+            values: Vec::new(),
+        };
+        if prepared.is_exact() {
+            return prepared;
+        }
+        let [q, k, v] = tensors;
+        let shape = problem.shape();
+        let q_rows = q.par_chunks_exact(shape.q_len * shape.head_dim);
+        let k_rows = k.par_chunks_exact(shape.kv_len * shape.head_dim);
+        let v_rows = v.par_chunks_exact(shape.kv_len * shape.head_dim);
+        prepared.queries = q_rows.map(|rows| prepared.query_operand(rows)).collect();
+        prepared.keys = k_rows.map(|rows| prepared.key_operand(rows)).collect();
+        prepared.values = v_rows.map(|rows| prepared.value_operand(rows)).collect();
+        prepared
+    }
+
+    fn is_exact(&self) -> bool {
+        (self.recipe.qk, self.recipe.pv) == (QkQuant::None, PvQuant::None)
+    }
+
+    fn query_operand(&self, rows: &[f32]) -> Operand {
+        let head_dim = self.problem.shape().head_dim;
+        match self.recipe.qk {
+            QkQuant::None => Operand {
+                rows: rows.to_vec(),
+                ..Operand::default()
+            },
+            QkQuant::Int8(groups) => {
+                Operand::quantize(rows.to_vec(), Vec::new(), head_dim, groups.q(), 127.0)
+            }
+            QkQuant::Int4(groups, SmoothQ::Off) => {
+                Operand::quantize(rows.to_vec(), Vec::new(), head_dim, groups.q(), 7.0)
+            }
+            QkQuant::Int4(groups, SmoothQ::BlockMean) => {
+                let (mut smoothed, mut means) = (Vec::new(), Vec::new());
+                for block in rows.chunks(SmoothQ::BLOCK * head_dim) {
+                    let mean = quantize::mean_of_rows(block, head_dim, 0..block.len() / head_dim);
+                    smoothed.extend(quantize::subtract(block, &mean));
+                    means.extend(mean);
+                }
+                Operand::quantize(smoothed, means, head_dim, groups.q(), 7.0)
+            }
+        }
+    }
+
+    fn key_operand(&self, rows: &[f32]) -> Operand {
+        let head_dim = self.problem.shape().head_dim;
+        let offset = quantize::key_offset(self.recipe.smooth, rows, head_dim);
+        let smoothed = quantize::subtract(rows, &offset);
+        match self.recipe.qk {
+            QkQuant::None => Operand {
+                rows: smoothed,
+                means: offset,
+                ..Operand::default()
+            },
+            QkQuant::Int8(groups) => {
+                Operand::quantize(smoothed, offset, head_dim, groups.k(), 127.0)
+            }
+            QkQuant::Int4(groups, _) => {
+                Operand::quantize(smoothed, offset, head_dim, groups.k(), 7.0)
+            }
+        }
+    }
+
+    fn value_operand(&self, rows: &[f32]) -> VOperand {
+        let head_dim = self.problem.shape().head_dim;
+        match self.recipe.pv {
+            PvQuant::None => VOperand {
+                values: rows.to_vec(),
+                scales: vec![1.0; head_dim],
+            },
+            PvQuant::F16 => quantize::v_f16(rows, head_dim, self.problem.dtype()),
+            PvQuant::E4m3 => quantize::v_e4m3(rows, head_dim),
+            PvQuant::Int8Static | PvQuant::Int8Dynamic => quantize::v_int8(rows, head_dim),
+        }
+    }
+
+    /// The second half of a call: scores, softmax, P V.
+    pub fn attend(&self, rounding: &Rounding) -> HostOutput {
+        let (out, lse) = if self.is_exact() {
+            let exact = exact::attend(&self.problem, self.tensors);
+            (narrow(&exact.out), narrow(&exact.lse))
+        } else {
+            for_all_rows(&self.problem, |head, row, out| {
+                self.attend_row(rounding, head, row, out)
+            })
+        };
+        HostOutput {
+            out,
+            lse: (self.problem.outputs() == Outputs::OAndLse).then_some(lse),
+        }
+    }
+
+    fn attend_row(&self, rounding: &Rounding, head: usize, row: usize, out: &mut [f32]) -> f32 {
+        let head_dim = self.problem.shape().head_dim;
+        let kv_head = kv_head(&self.problem, head);
+        let values = &self.values[kv_head];
+        let mut softmax = OnlineSoftmax::new(head_dim);
+        let mut scores = Vec::with_capacity(rounding.key_tile);
+
+        for keys in tiles(self.problem.visible_keys(row), rounding) {
+            scores.clear();
+            scores.extend(keys.clone().map(|key| self.score(head, row, kv_head, key)));
+            let tile = &values.values[keys.start * head_dim..keys.end * head_dim];
+            softmax.step(&scores, tile, self.recipe.pv, rounding.stale_max);
+        }
+        softmax.finish(&values.scales, out);
+
+        // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
+        let query = &self.tensors[0][(head * self.problem.shape().q_len + row) * head_dim..];
+        let offset = &self.keys[kv_head].means;
+        let correction = to_f32(dot(&query[..head_dim], offset)) * self.problem.softmax_scale();
+        softmax.lse() + correction
+    }
+
+    /// One score in log2 units.
+    fn score(&self, head: usize, row: usize, kv_head: usize, key: usize) -> f32 {
+        let head_dim = self.problem.shape().head_dim;
+        let scale_log2 = self.problem.softmax_scale() * LOG2_E;
+        let (q, k) = (&self.queries[head], &self.keys[kv_head]);
+        let groups = match self.recipe.qk {
+            QkQuant::None => {
+                return to_f32(dot(q.row(row, head_dim), k.row(key, head_dim))) * scale_log2;
+            }
+            QkQuant::Int8(groups) | QkQuant::Int4(groups, _) => groups,
+        };
+        let products = q
+            .codes_of(row, head_dim)
+            .iter()
+            .zip(k.codes_of(key, head_dim));
+        let sum: i32 = products.map(|(&q, &k)| i32::from(q) * i32::from(k)).sum();
+        let scales = q.scales[groups.q().of(row)] * k.scales[groups.k().of(key)];
+        // |sum| <= 256 * 127^2 < 2^23: exact in f32.
+        let score = sum as f32 * (scale_log2 * scales);
+        match self.recipe.qk {
+            QkQuant::Int4(_, SmoothQ::BlockMean) => {
+                let mean = &q.means[row / SmoothQ::BLOCK * head_dim..][..head_dim];
+                score + to_f32(dot(mean, k.row(key, head_dim))) * scale_log2
+            }
+            _ => score,
+        }
+    }
+}
+
+impl Operand {
+    fn quantize(
+        rows: Vec<f32>,
+        means: Vec<f32>,
+        head_dim: usize,
+        groups: crate::Groups,
+        largest_code: f32,
+    ) -> Self {
+        let quantized = quantize::integer_codes(&rows, head_dim, groups, largest_code);
+        Self {
+            codes: quantized.codes.into_iter().map(i16::from).collect(),
+            scales: quantized.scales,
+            rows,
+            means,
+        }
+    }
+
+    fn row(&self, row: usize, head_dim: usize) -> &[f32] {
+        &self.rows[row * head_dim..][..head_dim]
+    }
+
+    fn codes_of(&self, row: usize, head_dim: usize) -> &[i16] {
+        &self.codes[row * head_dim..][..head_dim]
+    }
+}
+
+/// The running state of one row.
+struct OnlineSoftmax {
+    /// The maximum in use, log2 units.
+    max: f32,
+    /// The sum of the P that is multiplied.
+    rounded_sum: f32,
+    /// The sum of P before rounding, for LSE.
+    sum: f32,
+    /// O before division.
+    out: Vec<f32>,
+    /// P V of the tile at hand.
+    tile: Vec<f32>,
+}
+
+impl OnlineSoftmax {
+    fn new(head_dim: usize) -> Self {
+        Self {
+            max: f32::NEG_INFINITY,
+            rounded_sum: 0.0,
+            sum: 0.0,
+            out: vec![0.0; head_dim],
+            tile: vec![0.0; head_dim],
+        }
+    }
+
+    /// Takes in one tile of scores and its rows of V.
+    fn step(&mut self, scores: &[f32], values: &[f32], pv: PvQuant, stale_max: f32) {
+        let tile_max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| max.max(s));
+        let (old, raised) = (self.max, tile_max > self.max + stale_max);
+        if raised {
+            self.max = tile_max;
+        }
+        let keep = if raised { (old - self.max).exp2() } else { 1.0 };
+
+        // A dynamic scale spends all of P's 8 bits on the tile's own maximum.
+        let (base, tile_weight) = match pv {
+            PvQuant::Int8Dynamic => (tile_max, (tile_max - self.max).exp2()),
+            _ => (self.max, 1.0),
+        };
+        self.tile.fill(0.0);
+        let (mut rounded_sum, mut sum) = (0.0, 0.0);
+        for (&score, value) in scores.iter().zip(values.chunks_exact(self.tile.len())) {
+            let p = (score - base).exp2();
+            let rounded = match pv {
+                PvQuant::None => p,
+                PvQuant::F16 => f16::from_f32(p).to_f32(),
+                PvQuant::E4m3 => e4m3::round((score - base + E4M3_P_EXPONENT).exp2()),
+                PvQuant::Int8Static => (127.0 * p).round_ties_even(),
+                PvQuant::Int8Dynamic => (255.0 * p).round_ties_even(),
+            };
+            rounded_sum += rounded;
+            sum += p;
+            for (tile, v) in self.tile.iter_mut().zip(value) {
+                *tile += rounded * v;
+            }
+        }
+        self.rounded_sum = self.rounded_sum * keep + rounded_sum * tile_weight;
+        self.sum = self.sum * keep + sum * tile_weight;
+        for (out, tile) in self.out.iter_mut().zip(&self.tile) {
+            *out = *out * keep + tile * tile_weight;
+        }
+    }
+
+    /// Writes `scale * O / l`, or zero when the row saw no key.
+    fn finish(&self, scales: &[f32], out: &mut [f32]) {
+        if self.max == f32::NEG_INFINITY {
+            out.fill(0.0);
+            return;
+        }
+        for ((result, sum), scale) in out.iter_mut().zip(&self.out).zip(scales) {
+            *result = sum / self.rounded_sum * scale;
+        }
+    }
+
+    /// The natural logarithm of the unrounded sum; -inf when the row saw no key.
+    fn lse(&self) -> f32 {
+        (self.max + self.sum.log2()) * LN_2
+    }
+}
+
+/// The visible keys in tiles, counted from key 0, in the kernel's order.
+fn tiles(visible: usize, rounding: &Rounding) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let (tile, order) = (rounding.key_tile, rounding.key_order);
+    let count = visible.div_ceil(tile);
+    (0..count).map(move |index| {
+        let index = match order {
+            KeyOrder::Ascending => index,
+            KeyOrder::Descending => count - 1 - index,
+        };
+        index * tile..((index + 1) * tile).min(visible)
+    })
+}
+
+fn narrow(values: &[f64]) -> Vec<f32> {
+    values.iter().copied().map(to_f32).collect()
+}
