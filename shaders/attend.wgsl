@@ -77,8 +77,8 @@ fn exponentials(s: vec4<f32>, maximum: f32, boundary: bool) -> vec4<f32> {
 }
 
 // The factor that moves a row from one maximum to a higher one.
-fn decay_to(old: vec4<f32>, new: vec4<f32>) -> vec4<f32> {
-    return select(exp2(old - new), vec4<f32>(1.0), old >= new);
+fn decay_to(before: vec4<f32>, after: vec4<f32>) -> vec4<f32> {
+    return select(exp2(before - after), vec4<f32>(1.0), before >= after);
 }
 
 fn scale_rows(o: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
