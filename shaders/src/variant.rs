@@ -453,7 +453,10 @@ impl AttendVariant {
             name += if self.lse_bias { "_lse_smooth" } else { "_lse" };
         }
         let tile = &self.tile;
-        name += &format!("_rows{}c{}v{}", tile.rows, tile.qk_chunk, tile.pv_chunk_groups);
+        name += &format!(
+            "_rows{}c{}v{}",
+            tile.rows, tile.qk_chunk, tile.pv_chunk_groups
+        );
         name
     }
 
@@ -492,7 +495,11 @@ impl AttendVariant {
             Tile::new(head_dim, 32, 64, 1),
             Tile::new(head_dim, 16, 32, 1),
         ];
-        let masks = [(false, false, false), (true, true, false), (false, true, true)];
+        let masks = [
+            (false, false, false),
+            (true, true, false),
+            (false, true, true),
+        ];
         let recipes = [
             (Pv::F16, RowGroups::BLOCK_128, RowGroups::BLOCK_64),
             (Pv::F16, RowGroups::TOKEN, RowGroups::TOKEN),

@@ -11,9 +11,12 @@ fn validate(name: &str, source: &str) -> naga::Module {
     let module = naga::front::wgsl::parse_str(source)
         .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(source)));
     // The one capability beyond the baseline: pack2x16float, which every native backend has.
-    Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
-        .validate(&module)
-        .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(source)));
+    Validator::new(
+        ValidationFlags::all(),
+        Capabilities::SHADER_FLOAT16_IN_FLOAT32,
+    )
+    .validate(&module)
+    .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(source)));
     module
 }
 
@@ -91,14 +94,56 @@ fn host_structs_match_the_shaders() {
             check(stringify!($ty), size_of::<$ty>(), &[$((stringify!($field), offset_of!($ty, $field))),*])
         };
     }
-    check!(View { batch, head, row, offset });
+    check!(View {
+        batch,
+        head,
+        row,
+        offset
+    });
     check!(TensorParams {
-        view, heads, first_pair, first_block, len, padded_len, groups, splits, samples, heads_per_kv,
-        data, scales, channels, partials, lse_bias, softmax_scale, unused
+        view,
+        heads,
+        first_pair,
+        first_block,
+        len,
+        padded_len,
+        groups,
+        splits,
+        samples,
+        heads_per_kv,
+        data,
+        scales,
+        channels,
+        partials,
+        lse_bias,
+        softmax_scale,
+        unused
     });
     check!(AttendParams {
-        out, heads, heads_per_kv, first_pair, first_tile, tiles, q_len, kv_len, q_padded, kv_padded,
-        q_groups, k_groups, causal_shift, q_codes, k_codes, values, q_scales, k_scales, v_scales,
-        lse_bias, lse, score_scale, unused0, unused1, unused2
+        out,
+        heads,
+        heads_per_kv,
+        first_pair,
+        first_tile,
+        tiles,
+        q_len,
+        kv_len,
+        q_padded,
+        kv_padded,
+        q_groups,
+        k_groups,
+        causal_shift,
+        q_codes,
+        k_codes,
+        values,
+        q_scales,
+        k_scales,
+        v_scales,
+        lse_bias,
+        lse,
+        score_scale,
+        unused0,
+        unused1,
+        unused2
     });
 }
