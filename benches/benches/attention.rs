@@ -21,10 +21,10 @@ fn main() {
     quantizer(&mut criterion);
     let (found, _) = backends::all();
     for found in found {
-        if found.backend.device().kind != DeviceKind::Cpu {
+        if found.device.device().kind != DeviceKind::Cpu {
             cases
                 .iter()
-                .for_each(|case| gpu(&mut criterion, &found.label, found.backend.as_ref(), case));
+                .for_each(|case| gpu(&mut criterion, &found.label, &*found.device, case));
         }
     }
     criterion.final_summary();

@@ -8,8 +8,8 @@ use sageattn_core::{
     Problem, Recipe, Shape, TensorView,
 };
 
-use crate::far;
 use crate::inputs;
+use crate::{far, fuzz};
 
 /// The outcome of a check that found nothing wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub enum Outcome {
 pub type Check = fn(&dyn Backend) -> Result<Outcome, String>;
 
 /// Every check, by name.
-pub const ALL: [(&str, Check); 9] = [
+pub const ALL: [(&str, Check); 10] = [
     ("supports_and_plan_agree", supports_and_plan_agree),
     ("scratch_ranges_fit", scratch_ranges_fit),
     ("foreign_buffers_are_refused", foreign_buffers_are_refused),
@@ -36,6 +36,7 @@ pub const ALL: [(&str, Check); 9] = [
     ("copies_stay_in_bounds", copies_stay_in_bounds),
     ("a_plan_is_shared_by_threads", a_plan_is_shared_by_threads),
     ("profile_computes_and_times", profile_computes_and_times),
+    ("random_problems_agree", fuzz::random_problems_agree),
     ("offsets_are_64_bit", far::offsets_are_64_bit),
 ];
 

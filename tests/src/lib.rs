@@ -33,6 +33,7 @@ pub mod contract;
 pub mod data;
 pub mod expectations;
 mod far;
+mod fuzz;
 pub mod guarded;
 pub mod inputs;
 pub mod report;

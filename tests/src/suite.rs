@@ -115,11 +115,11 @@ impl Suite {
             }
         }
         for (name, check) in contract::ALL {
-            let backend = Arc::clone(&found.backend);
+            let device = found.device.clone();
             let (tally, label) = (Arc::clone(&self.tally), found.label.clone());
             trials.push(Trial::ignorable_test(
                 format!("[{label}] contract/{name}"),
-                move || match check(backend.as_ref()) {
+                move || match check(&*device) {
                     Ok(contract::Outcome::Held) => passed(&tally, &label),
                     Ok(contract::Outcome::NotHere(reason)) => Ok(ignored(&tally, &label, &reason)),
                     Err(text) => Err(failed(&tally, &label, &text)),
@@ -130,18 +130,18 @@ impl Suite {
     }
 
     fn trial(&self, found: &Found, case: Case, recipe: Recipe) -> Trial {
-        let Found { label, backend } = found.clone();
+        let Found { label, device } = found.clone();
         let (tally, cache) = (Arc::clone(&self.tally), Arc::clone(&self.prepared));
         let expectations = Arc::clone(&self.expectations);
         let name = format!("[{label}] {} {recipe}", case.name);
         Trial::ignorable_test(name, move || {
-            let device = backend.device();
+            let info = device.device();
             let recipe_name = recipe.to_string();
             let known =
-                expectations.known_failure(backend.name(), &device.name, &case.name, &recipe_name);
-            let cell = cache.get(&case, device.kind);
+                expectations.known_failure(device.name(), &info.name, &case.name, &recipe_name);
+            let cell = cache.get(&case, info.kind);
             let result = match cell.get() {
-                Some(Ok(prepared)) => runner::run(backend.as_ref(), prepared, &recipe),
+                Some(Ok(prepared)) => runner::run(&*device, prepared, &recipe),
                 Some(Err(error)) => Err(Failure::Wrong(format!("the case itself: {error}"))),
                 None => Err(Failure::Wrong("the case was not prepared".to_owned())),
             };
@@ -159,7 +159,7 @@ impl Suite {
                     Ok(ignored(&tally, &label, &reason))
                 }
                 (Err(Failure::Unsupported(refusal)), None)
-                    if !expectations.claims(backend.name()).recipe(&recipe) =>
+                    if !expectations.claims(device.name()).recipe(&recipe) =>
                 {
                     Ok(ignored(&tally, &label, &refusal.missing.join("; ")))
                 }
@@ -178,7 +178,7 @@ impl Suite {
             .map(|absent| (absent.name.to_owned(), absent.reason.clone()))
             .collect();
         for name in required {
-            let known = found.iter().any(|found| found.backend.name() == name)
+            let known = found.iter().any(|found| found.device.name() == name)
                 || absent.iter().any(|absent| absent.name == name);
             if !known {
                 missing.push((name.clone(), "there is no such backend".to_owned()));
@@ -202,7 +202,7 @@ impl Suite {
     /// Backends on which fewer trials ran than the committed number.
     fn too_few(&self, found: &[Found]) -> Vec<String> {
         let short = found.iter().filter_map(|found| {
-            let at_least = self.expectations.claims(found.backend.name()).at_least;
+            let at_least = self.expectations.claims(found.device.name()).at_least;
             let counts = self.tally.counts(&found.label);
             let ran = counts.passed + counts.failed;
             (ran < at_least).then(|| {
@@ -238,8 +238,8 @@ fn failed(tally: &Tally, backend: &str, text: &str) -> Failed {
 fn heading(found: &[Found], absent: &[Absent]) -> String {
     let mut text = String::new();
     for found in found {
-        let device = found.backend.device();
-        text += &format!("{}: {} ({})\n", found.label, device.name, device.driver);
+        let info = found.device.device();
+        text += &format!("{}: {} ({})\n", found.label, info.name, info.driver);
     }
     for absent in absent {
         text += &format!("{}: absent, {}\n", absent.name, absent.reason);

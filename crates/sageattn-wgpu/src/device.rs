@@ -1,0 +1,575 @@
+//! Devices and buffers: opened here or handed in by the caller.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sageattn_core::{
+    Backend, Buffer, DeviceInfo, DeviceKind, Error, Plan, Problem, Recipe, Unsupported,
+};
+use sageattn_shaders::{Native, Variant};
+
+use crate::pipeline::{Dispatch, Pipelines, Range, Step};
+use crate::plan::{self, WgpuPlan};
+
+/// A wgpu device as a backend. Cloning it gives another handle to the same device and kernels.
+#[derive(Clone)]
+pub struct Wgpu {
+    context: Arc<Context>,
+}
+
+/// What the parts of this crate share of a device.
+pub(crate) struct Context {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) limits: wgpu::Limits,
+    pub(crate) info: wgpu::AdapterInfo,
+    pub(crate) native: Native,
+    pub(crate) pipelines: Pipelines,
+    /// Operations that one dispatch may hold.
+    pub(crate) dispatch_ops: u64,
+    /// What the self-test found wrong and nothing can replace.
+    broken: Vec<String>,
+    /// Why the device was lost. Only set on devices opened here: a device has one such callback, and on
+    /// the caller's it is the caller's.
+    lost: Arc<Mutex<Option<String>>>,
+}
+
+/// The features that this crate makes use of where an adapter has them. None is needed: timestamp
+/// queries let [`Plan::profile`] measure on the device.
+pub fn wanted_features(adapter: &wgpu::Adapter) -> wgpu::Features {
+    adapter.features() & wgpu::Features::TIMESTAMP_QUERY
+}
+
+/// The limits to ask an adapter for: wgpu's defaults, raised to what the adapter has wherever a larger
+/// tensor or tile profits.
+pub fn wanted_limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
+    let there = adapter.limits();
+    wgpu::Limits {
+        max_buffer_size: there.max_buffer_size,
+        max_storage_buffer_binding_size: there.max_storage_buffer_binding_size,
+        max_compute_workgroup_storage_size: there.max_compute_workgroup_storage_size,
+        min_storage_buffer_offset_alignment: there.min_storage_buffer_offset_alignment,
+        min_uniform_buffer_offset_alignment: there.min_uniform_buffer_offset_alignment,
+        ..wgpu::Limits::default()
+    }
+    .or_worse_values_from(&there)
+}
+
+impl Wgpu {
+    /// Opens the adapter that wgpu holds for the fastest.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when there is no adapter or it gives no device.
+    pub fn best() -> Result<Self, Error> {
+        let options = wgpu::RequestAdapterOptions {
+            power_preference: wgpu::PowerPreference::HighPerformance,
+            ..Default::default()
+        };
+        let adapter = pollster::block_on(instance().request_adapter(&options))
+            .map_err(|source| Error::device("finding a GPU through wgpu", source))?;
+        Self::open(&adapter)
+    }
+
+    /// Every adapter that wgpu finds, software ones too, for [`Wgpu::open`].
+    pub fn adapters() -> Vec<wgpu::Adapter> {
+        pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
+    }
+
+    /// Opens a device on an adapter, with [`wanted_features`] and [`wanted_limits`].
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the adapter gives no device or the self-test cannot run.
+    pub fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
+        let request = adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("sageattn"),
+            required_features: wanted_features(adapter),
+            required_limits: wanted_limits(adapter),
+            ..Default::default()
+        });
+        let (device, queue) = pollster::block_on(request).map_err(|source| {
+            Error::device(format!("opening {}", adapter.get_info().name), source)
+        })?;
+        // wgpu panics on an error that nobody asked for; every call here asks, so this is a last resort.
+        device.on_uncaptured_error(Arc::new(|error| {
+            tracing::error!(%error, "wgpu reported an error outside any call");
+        }));
+        let lost = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&lost);
+        device.set_device_lost_callback(move |reason, message| {
+            let text = format!("{reason:?}: {message}");
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+        });
+        Self::with_lost_slot(device, queue, lost)
+    }
+
+    /// Works on the caller's device and queue. The device's error handlers stay the caller's; what this
+    /// crate causes is caught in error scopes of its own.
+    ///
+    /// Create the device with [`wanted_limits`]: wgpu's defaults work, with smaller tiles and bindings
+    /// of at most 128 MiB.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the self-test cannot run.
+    pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self, Error> {
+        Self::with_lost_slot(device, queue, Arc::default())
+    }
+
+    fn with_lost_slot(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        lost: Arc<Mutex<Option<String>>>,
+    ) -> Result<Self, Error> {
+        let info = device.adapter_info();
+        // A second's work on the slowest of its kind: drivers reset a GPU that answers nothing for two.
+        let dispatch_ops = match info.device_type {
+            wgpu::DeviceType::DiscreteGpu | wgpu::DeviceType::Cpu => 1 << 40,
+            _ => 1 << 36,
+        };
+        let mut context = Context {
+            limits: device.limits(),
+            native: Native::ALL,
+            pipelines: Pipelines::default(),
+            broken: Vec::new(),
+            device,
+            queue,
+            info,
+            dispatch_ops,
+            lost,
+        };
+        context.self_test()?;
+        Ok(Self {
+            context: Arc::new(context),
+        })
+    }
+
+    /// The same device with another bound on the work of one dispatch, in operations of the two matrix
+    /// products. Lower it where other work on the GPU must not wait, or where a watchdog is strict.
+    #[must_use]
+    pub fn with_dispatch_ops(&self, ops: u64) -> Self {
+        let old = &self.context;
+        Self {
+            context: Arc::new(Context {
+                device: old.device.clone(),
+                queue: old.queue.clone(),
+                limits: old.limits.clone(),
+                info: old.info.clone(),
+                native: old.native,
+                pipelines: old.pipelines.clone(),
+                dispatch_ops: ops,
+                broken: old.broken.clone(),
+                lost: Arc::clone(&old.lost),
+            }),
+        }
+    }
+
+    /// The device, to create buffers and encoders on.
+    pub fn wgpu_device(&self) -> &wgpu::Device {
+        &self.context.device
+    }
+
+    /// The queue that [`Plan::run`] submits to.
+    pub fn wgpu_queue(&self) -> &wgpu::Queue {
+        &self.context.queue
+    }
+
+    /// As [`Backend::plan`], with the type that can also [`encode`](WgpuPlan::encode).
+    ///
+    /// # Errors
+    /// As [`Backend::plan`].
+    pub fn plan_wgpu(&self, problem: &Problem, recipe: &Recipe) -> Result<WgpuPlan, Error> {
+        WgpuPlan::new(&self.context, problem, recipe)
+    }
+}
+
+impl fmt::Debug for Wgpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.context.fmt(f)
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wgpu")
+            .field("name", &self.info.name)
+            .field("backend", &self.info.backend)
+            .field("native", &self.native)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Backend for Wgpu {
+    fn name(&self) -> &'static str {
+        "wgpu"
+    }
+
+    fn device(&self) -> DeviceInfo {
+        let info = &self.context.info;
+        let driver = format!("{} {} {}", info.backend, info.driver, info.driver_info);
+        DeviceInfo {
+            name: info.name.clone(),
+            driver: driver.trim_end().to_owned(),
+            kind: match info.device_type {
+                wgpu::DeviceType::Cpu => DeviceKind::SoftwareGpu,
+                _ => DeviceKind::Gpu,
+            },
+        }
+    }
+
+    fn supports(&self, problem: &Problem, recipe: &Recipe) -> Result<(), Unsupported> {
+        plan::supports(&self.context, problem, recipe)
+    }
+
+    fn preferred(&self, _problem: &Problem) -> Recipe {
+        Recipe::SAGE1_B
+    }
+
+    fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
+        Ok(Box::new(self.plan_wgpu(problem, recipe)?))
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<Box<dyn Buffer>, Error> {
+        let context = &self.context;
+        let limit = context.limits.max_buffer_size;
+        if bytes > limit {
+            let missing = format!("a buffer of {bytes} bytes (its limit is {limit})");
+            return Err(context.unsupported(vec![missing]).into());
+        }
+        // wgpu binds multiples of 4 bytes, and nothing of length zero.
+        let size = bytes.max(4).next_multiple_of(4).min(limit);
+        let buffer = context.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("sageattn tensor"),
+            size,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })?;
+        Ok(Box::new(WgpuBuffer::new(&context.device, buffer)))
+    }
+
+    fn upload(&self, buffer: &dyn Buffer, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let buffer = self.context.own("buffer", buffer)?;
+        check_copy(buffer, offset, bytes.len(), wgpu::BufferUsages::COPY_DST)?;
+        self.context.scoped("uploading", || {
+            self.context.queue.write_buffer(buffer, offset, bytes);
+        })
+    }
+
+    fn download(&self, buffer: &dyn Buffer, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let buffer = self.context.own("buffer", buffer)?;
+        check_copy(buffer, offset, bytes.len(), wgpu::BufferUsages::COPY_SRC)?;
+        self.context.read(buffer, offset, bytes)
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        self.context.wait()
+    }
+}
+
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+}
+
+fn check_copy(
+    buffer: &wgpu::Buffer,
+    offset: u64,
+    len: usize,
+    usage: wgpu::BufferUsages,
+) -> Result<(), Error> {
+    if !offset.is_multiple_of(4) || !len.is_multiple_of(4) {
+        let reason = format!("offset {offset} and length {len} are to be multiples of 4 bytes");
+        return Err(Error::invalid("buffer", reason));
+    }
+    let end = offset.checked_add(len as u64);
+    if end.is_none_or(|end| end > buffer.size()) {
+        let size = buffer.size();
+        let reason = format!("{len} bytes at {offset} reach past the buffer's {size}");
+        return Err(Error::invalid("buffer", reason));
+    }
+    if !buffer.usage().contains(usage) {
+        return Err(Error::invalid(
+            "buffer",
+            format!("was created without {usage:?}"),
+        ));
+    }
+    Ok(())
+}
+
+impl Context {
+    /// The wgpu buffer behind a tensor of this device.
+    pub(crate) fn own<'a>(
+        &self,
+        tensor: &'static str,
+        buffer: &'a dyn Buffer,
+    ) -> Result<&'a wgpu::Buffer, Error> {
+        buffer
+            .as_any()
+            .downcast_ref::<WgpuBuffer>()
+            .filter(|buffer| buffer.device == self.device)
+            .map(|buffer| &buffer.buffer)
+            .ok_or_else(|| Error::ForeignBuffer {
+                tensor,
+                backend: self.title(),
+            })
+    }
+
+    /// How the backend calls itself in messages.
+    pub(crate) fn title(&self) -> String {
+        format!("wgpu on {}", self.info.name)
+    }
+
+    pub(crate) fn unsupported(&self, missing: Vec<String>) -> Unsupported {
+        Unsupported {
+            backend: self.title(),
+            missing,
+        }
+    }
+
+    /// What the self-test found wrong, for `supports`.
+    pub(crate) fn broken(&self) -> &[String] {
+        &self.broken
+    }
+
+    /// The largest binding: what the device says, within the 32 bits that kernels count bytes in.
+    pub(crate) fn max_binding(&self) -> u64 {
+        let limit = self.limits.max_storage_buffer_binding_size;
+        limit.min(u64::from(u32::MAX)) & !3
+    }
+
+    /// Runs `f` and turns what wgpu reports meanwhile into an error, whatever handlers the device has.
+    pub(crate) fn scoped<T>(&self, doing: &str, f: impl FnOnce() -> T) -> Result<T, Error> {
+        self.catch(f).map_err(|error| Error::device(doing, error))
+    }
+
+    pub(crate) fn catch<T>(&self, f: impl FnOnce() -> T) -> Result<T, wgpu::Error> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let result = f();
+        let errors = [validation, internal, memory].map(|scope| pollster::block_on(scope.pop()));
+        match errors.into_iter().flatten().next() {
+            None => Ok(result),
+            Some(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn create_buffer(
+        &self,
+        descriptor: &wgpu::BufferDescriptor<'_>,
+    ) -> Result<wgpu::Buffer, Error> {
+        self.catch(|| self.device.create_buffer(descriptor))
+            .map_err(|error| match error {
+                wgpu::Error::OutOfMemory { .. } => Error::OutOfMemory {
+                    bytes: descriptor.size,
+                },
+                other => Error::device("creating a buffer", other),
+            })
+    }
+
+    /// Submits one encoder's commands.
+    pub(crate) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<(), Error> {
+        self.check_alive()?;
+        self.scoped("submitting", || {
+            self.queue.submit([encoder.finish()]);
+        })
+    }
+
+    /// Waits for all submitted work.
+    pub(crate) fn wait(&self) -> Result<(), Error> {
+        self.device
+            .poll(wgpu::PollType::wait_indefinitely())
+            .map_err(|source| Error::device("waiting for the GPU", source))?;
+        self.check_alive()
+    }
+
+    fn check_alive(&self) -> Result<(), Error> {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        match lost.as_ref() {
+            None => Ok(()),
+            Some(reason) => Err(Error::device("the device was lost", reason.as_str())),
+        }
+    }
+
+    /// Waits for all work on a buffer and copies from it, through a buffer that the host can map.
+    pub(crate) fn read(
+        &self,
+        buffer: &wgpu::Buffer,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), Error> {
+        // The staging buffer is bounded, so that reading a large tensor back takes no second copy of it.
+        const PIECE: usize = 64 << 20;
+        let staging = self.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("sageattn download"),
+            size: bytes.len().min(PIECE).max(4) as u64,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })?;
+        for (index, piece) in bytes.chunks_mut(PIECE).enumerate() {
+            let at = offset + (index * PIECE) as u64;
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            self.scoped("reading a buffer", || {
+                encoder.copy_buffer_to_buffer(buffer, at, &staging, 0, piece.len() as u64);
+            })?;
+            self.submit(encoder)?;
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let slice = staging.slice(..piece.len() as u64);
+            self.scoped("mapping a buffer", || {
+                slice.map_async(wgpu::MapMode::Read, move |result| {
+                    // The receiver lives until the wait below has run this callback.
+                    let _ = sender.send(result);
+                });
+            })?;
+            self.wait()?;
+            match receiver.recv() {
+                Ok(Ok(())) => {}
+                Ok(Err(source)) => return Err(Error::device("mapping a buffer", source)),
+                Err(source) => return Err(Error::device("mapping a buffer", source)),
+            }
+            let mapped = slice
+                .get_mapped_range()
+                .map_err(|source| Error::device("mapping a buffer", source))?;
+            piece.copy_from_slice(&mapped);
+            drop(mapped);
+            staging.unmap();
+        }
+        Ok(())
+    }
+
+    /// Runs the instructions that kernels rely on against the host's arithmetic.
+    fn self_test(&mut self) -> Result<(), Error> {
+        let cases = self_test_cases();
+        let size = 16 * cases.len() as u64;
+        let storage = self.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("sageattn self-test"),
+            size,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })?;
+        let operands: Vec<u32> = cases.iter().flat_map(|&(a, b)| [a, b, 0, 0]).collect();
+        self.scoped("uploading the self-test", || {
+            self.queue
+                .write_buffer(&storage, 0, bytemuck::cast_slice(&operands));
+        })?;
+        let step = Step {
+            stage: "self test",
+            pipeline: self.pipelines.get(self, &Variant::SelfTest)?,
+            bindings: vec![Range::whole(&storage)],
+            dispatches: vec![Dispatch {
+                params: Vec::new(),
+                grid: [cases.len().div_ceil(64) as u32, 1],
+            }],
+        };
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        crate::pipeline::record(self, &mut encoder, &[step], None, None)?;
+        self.submit(encoder)?;
+        let mut results = vec![0u32; 4 * cases.len()];
+        self.read(&storage, 0, bytemuck::cast_slice_mut(&mut results))?;
+        for (&(a, b), result) in cases.iter().zip(results.as_chunks::<4>().0) {
+            let [dot, packed, x, y] = *result;
+            self.native.dot &= dot == dot4(a, b).cast_unsigned();
+            self.native.pack &= packed == pack_halves(a, b);
+            let [low, high] = halves(b);
+            if (x, y) != (low.to_bits(), high.to_bits()) && self.broken.is_empty() {
+                let got = (f32::from_bits(x), f32::from_bits(y));
+                self.broken.push(format!(
+                    "a right unpack2x16float: its self-test gave {got:?} for {:?}",
+                    (low, high)
+                ));
+            }
+        }
+        if self.native != Native::ALL || !self.broken.is_empty() {
+            let device = &self.info.name;
+            tracing::warn!(device, native = ?self.native, broken = ?self.broken, "the self-test struck out instructions");
+        }
+        Ok(())
+    }
+}
+
+/// Operand pairs: as four signed bytes each, as two floats to round to f16, and the second as two f16.
+fn self_test_cases() -> Vec<(u32, u32)> {
+    let mut cases = vec![
+        (0x8181_8181, 0x7f7f_7f7f),
+        (0x8080_8080, 0x7f81_7f81),
+        (0x0102_0304, 0xfffe_fdfc),
+    ];
+    // Ties, both ways; the largest half; halves below 2^-14; two that round up into the next binade.
+    let floats = [
+        1.0f32,
+        1.000_488_3,
+        1.001_464_8,
+        0.333_333_34,
+        65504.0,
+        -2.5,
+        6.1e-5,
+        3.0e-5,
+        5.96e-8,
+        0.999_9,
+        1.4e-7,
+        0.0,
+    ];
+    for (index, x) in floats.iter().enumerate() {
+        let other = floats[(index + 5) % floats.len()];
+        cases.push((x.to_bits(), other.to_bits()));
+    }
+    // Halves to unpack: one, the smallest subnormal, the largest subnormal, the smallest normal.
+    cases.extend([(0, 0x0001_3c00), (0, 0x0400_83ff), (0, 0x7bff_fbff)]);
+    cases
+}
+
+fn dot4(a: u32, b: u32) -> i32 {
+    let bytes = |x: u32| x.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+    bytes(a).iter().zip(bytes(b)).map(|(x, y)| x * y).sum()
+}
+
+fn pack_halves(a: u32, b: u32) -> u32 {
+    let half = |x: u32| u32::from(half::f16::from_f32(f32::from_bits(x)).to_bits());
+    half(a) | (half(b) << 16)
+}
+
+fn halves(word: u32) -> [f32; 2] {
+    let [a, b, c, d] = word.to_le_bytes();
+    [[a, b], [c, d]].map(|bytes| half::f16::from_le_bytes(bytes).to_f32())
+}
+
+/// A caller's `wgpu::Buffer` as a tensor's memory. Wrapping copies nothing.
+///
+/// It needs the usage `STORAGE`, and a size that is a multiple of 4 bytes up to the end of the tensor.
+#[derive(Clone, Debug)]
+pub struct WgpuBuffer {
+    device: wgpu::Device,
+    buffer: wgpu::Buffer,
+}
+
+impl WgpuBuffer {
+    /// Wraps a buffer of a device.
+    pub fn new(device: &wgpu::Device, buffer: wgpu::Buffer) -> Self {
+        Self {
+            device: device.clone(),
+            buffer,
+        }
+    }
+
+    /// The buffer itself.
+    pub fn wgpu_buffer(&self) -> &wgpu::Buffer {
+        &self.buffer
+    }
+}
+
+impl Buffer for WgpuBuffer {
+    fn bytes(&self) -> u64 {
+        self.buffer.size()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn distance_to(&self, other: &dyn Buffer) -> Option<i64> {
+        let other = other.as_any().downcast_ref::<Self>()?;
+        (self.buffer == other.buffer).then_some(0)
+    }
+}

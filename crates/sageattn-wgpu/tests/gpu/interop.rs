@@ -1,0 +1,5 @@
+//! Callers' own devices, buffers and encoders.
+
+use crate::Test;
+
+pub(crate) const TESTS: &[Test] = &[];
