@@ -65,7 +65,7 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ChoiceArgs {
-    /// auto, cpu, wgpu or cuda; auto passes over GPU interfaces in software
+    /// auto, wgpu or cpu; auto passes over GPU interfaces in software
     #[arg(long, default_value = AUTO)]
     backend: String,
     /// auto, or a recipe such as sage1-b, with +unsmoothed or +sampledN if wanted
