@@ -1,16 +1,15 @@
 //! Devices and buffers: opened here or handed in by the caller.
 
-use std::any::Any;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use sageattn_core::{
     Backend, Buffer, DeviceInfo, DeviceKind, Error, Plan, Problem, Recipe, Unsupported,
 };
-use sageattn_shaders::{Native, Variant};
+use sageattn_shaders::Native;
 
-use crate::memory::index;
-use crate::pipeline::{Dispatch, Pipelines, Range, Step};
+use crate::buffer::{Owner, WgpuBuffer, check_copy};
+use crate::pipeline::Pipelines;
 use crate::plan::{self, WgpuPlan};
 
 /// A wgpu device as a backend. Cloning it gives another handle to the same device and kernels.
@@ -23,6 +22,7 @@ pub struct Wgpu {
 pub(crate) struct Context {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
+    owner: Owner,
     pub(crate) limits: wgpu::Limits,
     pub(crate) info: wgpu::AdapterInfo,
     pub(crate) native: Native,
@@ -30,7 +30,7 @@ pub(crate) struct Context {
     /// Operations that one dispatch may hold.
     pub(crate) dispatch_ops: u64,
     /// What the self-test found wrong and nothing can replace.
-    broken: Vec<String>,
+    pub(crate) broken: Vec<String>,
     /// Why the device was lost. Only set on devices opened here: a device has one such callback, and on
     /// the caller's it is the caller's.
     lost: Arc<Mutex<Option<String>>>,
@@ -134,6 +134,7 @@ impl Wgpu {
             broken: Vec::new(),
             device,
             queue,
+            owner: Owner::default(),
             info,
             dispatch_ops,
             lost,
@@ -170,6 +171,7 @@ impl Wgpu {
         let mut context = Context {
             device: old.device.clone(),
             queue: old.queue.clone(),
+            owner: old.owner.clone(),
             limits: old.limits.clone(),
             info: old.info.clone(),
             native: old.native,
@@ -192,6 +194,18 @@ impl Wgpu {
     /// The queue that [`Plan::run`] submits to.
     pub fn wgpu_queue(&self) -> &wgpu::Queue {
         &self.context.queue
+    }
+
+    /// A buffer of this device as a tensor's memory: for this [`Wgpu`] and those made from it. The buffer
+    /// needs the usage `STORAGE`, and a size that covers its tensors up to a multiple of 4 bytes.
+    ///
+    /// The caller vouches that it is this device's: wgpu panics when a buffer of another instance is
+    /// used, and gives no means to tell beforehand.
+    pub fn wrap(&self, buffer: wgpu::Buffer) -> WgpuBuffer {
+        WgpuBuffer {
+            owner: self.context.owner.clone(),
+            buffer,
+        }
     }
 
     /// As [`Backend::plan`], with the type that can also [`encode`](WgpuPlan::encode).
@@ -266,7 +280,7 @@ impl Backend for Wgpu {
                 | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         })?;
-        Ok(Box::new(WgpuBuffer::new(&context.device, buffer)))
+        Ok(Box::new(self.wrap(buffer)))
     }
 
     fn upload(&self, buffer: &dyn Buffer, offset: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -288,33 +302,12 @@ impl Backend for Wgpu {
     }
 }
 
-fn instance() -> wgpu::Instance {
-    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
-}
-
-fn check_copy(
-    buffer: &wgpu::Buffer,
-    offset: u64,
-    len: usize,
-    usage: wgpu::BufferUsages,
-) -> Result<(), Error> {
-    if !offset.is_multiple_of(4) || !len.is_multiple_of(4) {
-        let reason = format!("offset {offset} and length {len} are to be multiples of 4 bytes");
-        return Err(Error::invalid("buffer", reason));
-    }
-    let end = offset.checked_add(len as u64);
-    if end.is_none_or(|end| end > buffer.size()) {
-        let size = buffer.size();
-        let reason = format!("{len} bytes at {offset} reach past the buffer's {size}");
-        return Err(Error::invalid("buffer", reason));
-    }
-    if !buffer.usage().contains(usage) {
-        return Err(Error::invalid(
-            "buffer",
-            format!("was created without {usage:?}"),
-        ));
-    }
-    Ok(())
+/// One for the process: opening one loads drivers.
+fn instance() -> &'static wgpu::Instance {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
+    INSTANCE.get_or_init(|| {
+        wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+    })
 }
 
 impl Context {
@@ -327,7 +320,7 @@ impl Context {
         buffer
             .as_any()
             .downcast_ref::<WgpuBuffer>()
-            .filter(|buffer| buffer.device == self.device)
+            .filter(|buffer| buffer.owner == self.owner)
             .map(|buffer| &buffer.buffer)
             .ok_or_else(|| Error::ForeignBuffer {
                 tensor,
@@ -345,11 +338,6 @@ impl Context {
             backend: self.title(),
             missing,
         }
-    }
-
-    /// What the self-test found wrong, for `supports`.
-    pub(crate) fn broken(&self) -> &[String] {
-        &self.broken
     }
 
     /// The largest binding: what the device says, within the 32 bits that kernels count bytes in.
@@ -456,141 +444,5 @@ impl Context {
             staging.unmap();
         }
         Ok(())
-    }
-
-    /// Runs the instructions that kernels rely on against the host's arithmetic.
-    fn self_test(&mut self) -> Result<(), Error> {
-        let cases = self_test_cases();
-        let size = 16 * cases.len() as u64;
-        let storage = self.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("sageattn self-test"),
-            size,
-            usage: wgpu::BufferUsages::STORAGE
-                | wgpu::BufferUsages::COPY_SRC
-                | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        })?;
-        let operands: Vec<u32> = cases.iter().flat_map(|&(a, b)| [a, b, 0, 0]).collect();
-        self.scoped("uploading the self-test", || {
-            self.queue
-                .write_buffer(&storage, 0, bytemuck::cast_slice(&operands));
-        })?;
-        let step = Step {
-            stage: "self test",
-            pipeline: self.pipelines.get(self, &Variant::SelfTest)?,
-            bindings: vec![Range::whole(&storage)],
-            dispatches: vec![Dispatch {
-                params: Vec::new(),
-                grid: [index(cases.len().div_ceil(64) as u64), 1],
-            }],
-        };
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        crate::pipeline::record(self, &mut encoder, &[step], None, None)?;
-        self.submit(encoder)?;
-        let mut results = vec![0u32; 4 * cases.len()];
-        self.read(&storage, 0, bytemuck::cast_slice_mut(&mut results))?;
-        for (&(a, b), result) in cases.iter().zip(results.as_chunks::<4>().0) {
-            let [dot, packed, x, y] = *result;
-            self.native.dot &= dot == dot4(a, b).cast_unsigned();
-            self.native.pack &= packed == pack_halves(a, b);
-            let [low, high] = halves(b);
-            if (x, y) != (low.to_bits(), high.to_bits()) && self.broken.is_empty() {
-                let got = (f32::from_bits(x), f32::from_bits(y));
-                self.broken.push(format!(
-                    "a right unpack2x16float: its self-test gave {got:?} for {:?}",
-                    (low, high)
-                ));
-            }
-        }
-        if self.native != Native::ALL || !self.broken.is_empty() {
-            let device = &self.info.name;
-            tracing::warn!(device, native = ?self.native, broken = ?self.broken, "the self-test struck out instructions");
-        }
-        Ok(())
-    }
-}
-
-/// Operand pairs: as four signed bytes each, as two floats to round to f16, and the second as two f16.
-fn self_test_cases() -> Vec<(u32, u32)> {
-    let mut cases = vec![
-        (0x8181_8181, 0x7f7f_7f7f),
-        (0x8080_8080, 0x7f81_7f81),
-        (0x0102_0304, 0xfffe_fdfc),
-    ];
-    // Ties, both ways; the largest half; halves below 2^-14; two that round up into the next binade.
-    let floats = [
-        1.0f32,
-        1.000_488_3,
-        1.001_464_8,
-        0.333_333_34,
-        65504.0,
-        -2.5,
-        6.1e-5,
-        3.0e-5,
-        5.96e-8,
-        0.999_9,
-        1.4e-7,
-        0.0,
-    ];
-    for (number, x) in floats.iter().enumerate() {
-        let other = floats[(number + 5) % floats.len()];
-        cases.push((x.to_bits(), other.to_bits()));
-    }
-    // Halves to unpack: one, the smallest subnormal, the largest subnormal, the smallest normal.
-    cases.extend([(0, 0x0001_3c00), (0, 0x0400_83ff), (0, 0x7bff_fbff)]);
-    cases
-}
-
-fn dot4(a: u32, b: u32) -> i32 {
-    let bytes = |x: u32| x.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
-    bytes(a).iter().zip(bytes(b)).map(|(x, y)| x * y).sum()
-}
-
-fn pack_halves(a: u32, b: u32) -> u32 {
-    let half = |x: u32| u32::from(half::f16::from_f32(f32::from_bits(x)).to_bits());
-    half(a) | (half(b) << 16)
-}
-
-fn halves(word: u32) -> [f32; 2] {
-    let [a, b, c, d] = word.to_le_bytes();
-    [[a, b], [c, d]].map(|bytes| half::f16::from_le_bytes(bytes).to_f32())
-}
-
-/// A caller's `wgpu::Buffer` as a tensor's memory. Wrapping copies nothing.
-///
-/// It needs the usage `STORAGE`, and a size that is a multiple of 4 bytes up to the end of the tensor.
-#[derive(Clone, Debug)]
-pub struct WgpuBuffer {
-    device: wgpu::Device,
-    buffer: wgpu::Buffer,
-}
-
-impl WgpuBuffer {
-    /// Wraps a buffer of a device.
-    pub fn new(device: &wgpu::Device, buffer: wgpu::Buffer) -> Self {
-        Self {
-            device: device.clone(),
-            buffer,
-        }
-    }
-
-    /// The buffer itself.
-    pub fn wgpu_buffer(&self) -> &wgpu::Buffer {
-        &self.buffer
-    }
-}
-
-impl Buffer for WgpuBuffer {
-    fn bytes(&self) -> u64 {
-        self.buffer.size()
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn distance_to(&self, other: &dyn Buffer) -> Option<i64> {
-        let other = other.as_any().downcast_ref::<Self>()?;
-        (self.buffer == other.buffer).then_some(0)
     }
 }

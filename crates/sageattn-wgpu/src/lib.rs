@@ -1,7 +1,7 @@
 //! Quantized attention on every GPU that [wgpu] reaches: Vulkan, Metal and DirectX 12.
 //!
 //! [`Wgpu`] is a [`Backend`](sageattn_core::Backend). It opens a device of its own ([`Wgpu::best`]) or
-//! works on the caller's ([`Wgpu::new`]), on the caller's buffers ([`WgpuBuffer::new`]) and, with
+//! works on the caller's ([`Wgpu::new`]), on the caller's buffers ([`Wgpu::wrap`]) and, with
 //! [`WgpuPlan::encode`], in the caller's command encoder: nothing is copied and nothing is submitted
 //! behind the caller's back.
 //!
@@ -22,7 +22,8 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `device` | opening devices, buffers, the self-test, errors |
+//! | `device`, `buffer`, `self_test` | opening devices, wrapping buffers, what a device must prove |
+//! | `memory` | what lies where in the workspace, and which bytes a dispatch binds |
 //! | `pipeline` | kernels compiled once per device, and how they are recorded |
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches |
 //! | `plan` | the sequence of the stages for one problem |
@@ -30,12 +31,15 @@
 //! The major version of wgpu is part of this crate's interface: use it through [`wgpu`].
 
 mod attend;
+mod buffer;
 mod device;
 mod memory;
 mod pipeline;
 mod plan;
 mod quantize;
+mod self_test;
 
-pub use device::{Wgpu, WgpuBuffer, wanted_features, wanted_limits};
+pub use buffer::WgpuBuffer;
+pub use device::{Wgpu, wanted_features, wanted_limits};
 pub use plan::WgpuPlan;
 pub use wgpu;

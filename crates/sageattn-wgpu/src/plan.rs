@@ -83,7 +83,7 @@ fn choose(
     recipe: &Recipe,
 ) -> Result<(Kernels, Workspace), Vec<String>> {
     let shape = problem.shape();
-    let mut missing = context.broken().to_vec();
+    let mut missing = context.broken.clone();
     let recipes = known(recipe);
     if recipes.is_none() {
         missing.push(format!(

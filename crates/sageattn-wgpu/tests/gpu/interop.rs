@@ -5,8 +5,8 @@ use sageattn_core::{
     Align, Backend, Clock, DType, Error, HostBuffer, HostTensor, Io, Layout, LseView, Mask,
     Outputs, Plan, Problem, Recipe, Shape, Staged, TensorView,
 };
+use sageattn_wgpu::Wgpu;
 use sageattn_wgpu::wgpu;
-use sageattn_wgpu::{Wgpu, WgpuBuffer};
 
 use crate::Test;
 use crate::support::{Inputs, check, noise, run};
@@ -98,11 +98,11 @@ fn one_encoder(gpu: &Wgpu) -> Result<(), Failed> {
     };
     let packed = buffer(whole.bytes().len() as u64);
     queue.write_buffer(&packed, 0, whole.bytes());
-    let packed = WgpuBuffer::new(device, packed);
+    let packed = gpu.wrap(packed);
     // O of both sequences as NHD, and their LSE behind it, all in one buffer.
     let out_len = 90 * 4 * 32;
-    let results = WgpuBuffer::new(device, buffer(2 * out_len + 4 * 2 * 2 * 96));
-    let workspace = WgpuBuffer::new(device, buffer(plan.workspace_bytes()));
+    let results = gpu.wrap(buffer(2 * out_len + 4 * 2 * 2 * 96));
+    let workspace = gpu.wrap(buffer(plan.workspace_bytes()));
 
     let mut encoder = device.create_command_encoder(&Default::default());
     for sequence in 0..2 {
@@ -323,10 +323,7 @@ fn bad_buffers(gpu: &Wgpu) -> Result<(), Failed> {
         usage: wgpu::BufferUsages::COPY_DST,
         mapped_at_creation: false,
     });
-    let unusable = attempt(
-        &WgpuBuffer::new(gpu.wgpu_device(), unusable),
-        workspace.as_ref(),
-    );
+    let unusable = attempt(&gpu.wrap(unusable), workspace.as_ref());
     if !matches!(&unusable, Err(Error::Invalid { argument, .. }) if argument == "q") {
         return Err(format!("a buffer without STORAGE gave {unusable:?}").into());
     }
