@@ -7,17 +7,17 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 use sageattn_shaders::abi::{AttendParams, TensorParams, View};
 use sageattn_shaders::{ABI_WGSL, Native, Variant};
 
-fn validate(name: &str, source: &str) -> naga::Module {
+fn validate(name: &str, source: &str) -> Result<naga::Module, String> {
     let module = naga::front::wgsl::parse_str(source)
-        .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(source)));
+        .map_err(|error| format!("{name}: {}", error.emit_to_string(source)))?;
     // The one capability beyond the baseline: pack2x16float, which every native backend has.
     Validator::new(
         ValidationFlags::all(),
         Capabilities::SHADER_FLOAT16_IN_FLOAT32,
     )
     .validate(&module)
-    .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(source)));
-    module
+    .map_err(|error| format!("{name}: {}", error.emit_to_string(source)))?;
+    Ok(module)
 }
 
 #[test]
@@ -25,7 +25,7 @@ fn every_variant_validates_under_a_name_of_its_own() {
     let mut names = std::collections::HashMap::new();
     for variant in Variant::all() {
         let kernel = variant.compose(Native::ALL);
-        let module = validate(&kernel.name, &kernel.source);
+        let module = validate(&kernel.name, &kernel.source).unwrap();
         assert!(!module.overrides.is_empty(), "{}: no override", kernel.name);
         assert_eq!(module.entry_points.len(), 1, "{}", kernel.name);
         if let Some(other) = names.insert(kernel.name.clone(), variant) {
@@ -43,7 +43,7 @@ fn the_replacements_for_broken_instructions_validate() {
     };
     for variant in Variant::all() {
         let kernel = variant.compose(none);
-        validate(&kernel.name, &kernel.source);
+        validate(&kernel.name, &kernel.source).unwrap();
     }
 }
 
@@ -54,7 +54,7 @@ fn workgroup_memory_is_what_the_tile_says() {
             continue;
         };
         let kernel = variant.compose(Native::ALL);
-        let module = validate(&kernel.name, &kernel.source);
+        let module = validate(&kernel.name, &kernel.source).unwrap();
         let mut layouter = naga::proc::Layouter::default();
         layouter.update(module.to_ctx()).unwrap();
         let declared: u32 = module

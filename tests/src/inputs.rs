@@ -90,7 +90,9 @@ pub(crate) fn generate(input: &Input, shape: &Shape, seed: u64) -> [Vec<f32>; 3]
         Input::KBias { sigmas } => {
             let bias = normal(seed, 3, [1, 1, 1, dim]);
             rows(&mut k, dim, |_, row| {
-                row.iter_mut().zip(&bias).for_each(|(x, b)| *x += sigmas * b);
+                row.iter_mut()
+                    .zip(&bias)
+                    .for_each(|(x, b)| *x += sigmas * b);
             });
         }
         Input::Outlier { value } => {

@@ -1,5 +1,7 @@
 //! Misuse of the vocabulary: every wrong argument is an error that names it, never a panic.
 
+#![allow(clippy::panic, reason = "a test fails by panicking, its helpers too")]
+
 use proptest::prelude::*;
 
 use sageattn_core::{

@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Devices(DevicesArgs),
     /// Compute attention on the tensors q, k and v of a file, and compare with exact attention
     Run(RunArgs),
+    /// Time a benchmark suite on one device
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -50,8 +52,20 @@ pub(crate) struct RunArgs {
 }
 
 #[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    /// The suite's name; a wrong one lists them
+    #[arg(long, value_name = "NAME", default_value = "quick")]
+    pub(crate) suite: String,
+    #[command(flatten)]
+    pub(crate) choice: ChoiceArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct ChoiceArgs {
-    /// auto, cpu, wgpu or cuda; auto passes over GPU interfaces in software
+    /// auto, wgpu or cpu; auto passes over GPU interfaces in software
     #[arg(long, default_value = AUTO)]
     backend: String,
     /// auto, or a recipe such as sage1-b, with +unsmoothed or +sampledN if wanted
@@ -92,6 +106,17 @@ impl Choice {
         let device = Device::open(backend)?;
         let recipe = self.recipe.unwrap_or_else(|| device.preferred(problem));
         Ok((device, recipe))
+    }
+
+    /// Opens the device for more than one problem.
+    pub(crate) fn open_any(&self) -> Result<Device, Error> {
+        self.backend
+            .map_or_else(|| Ok(Device::best()), Device::open)
+    }
+
+    /// The recipe that was asked for, if one was.
+    pub(crate) fn recipe(&self) -> Option<Recipe> {
+        self.recipe
     }
 }
 

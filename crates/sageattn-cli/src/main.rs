@@ -4,6 +4,7 @@
 //! run. One line on stderr says why.
 
 mod args;
+mod bench;
 mod devices;
 mod input;
 mod output;
@@ -11,6 +12,7 @@ mod report;
 mod run;
 mod terminal;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     start_log();
     let result = match &args.command {
         Command::Devices(args) => devices::devices(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::bench(args).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => run::run(args).map(|finite| {
             if finite {
                 ExitCode::SUCCESS
@@ -43,14 +46,14 @@ fn main() -> ExitCode {
     })
 }
 
-/// Logs to stderr as `RUST_LOG` says. Without it only this library's own warnings are let through:
+/// Logs to stderr as `RUST_LOG` says. Without it only this library's own errors are let through:
 /// graphics drivers are chatty.
 fn start_log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        EnvFilter::new("off,sageattn=warn,sageattn_core=warn,sageattn_wgpu=warn")
-    });
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off,sageattn=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
 }

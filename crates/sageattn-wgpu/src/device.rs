@@ -9,6 +9,7 @@ use sageattn_core::{
 };
 use sageattn_shaders::{Native, Variant};
 
+use crate::memory::index;
 use crate::pipeline::{Dispatch, Pipelines, Range, Step};
 use crate::plan::{self, WgpuPlan};
 
@@ -147,19 +148,39 @@ impl Wgpu {
     /// products. Lower it where other work on the GPU must not wait, or where a watchdog is strict.
     #[must_use]
     pub fn with_dispatch_ops(&self, ops: u64) -> Self {
+        self.with(|context| context.dispatch_ops = ops)
+    }
+
+    /// The same device without the instructions that the self-test may strike out: kernels do their work
+    /// the long way round, with the same results. For drivers whose faults the self-test misses.
+    #[must_use]
+    pub fn without_native_instructions(&self) -> Self {
+        self.with(|context| {
+            context.native = Native {
+                dot: false,
+                pack: false,
+            };
+            // Compiled kernels are known by their variant, which does not tell the two apart.
+            context.pipelines = Pipelines::default();
+        })
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Context)) -> Self {
         let old = &self.context;
+        let mut context = Context {
+            device: old.device.clone(),
+            queue: old.queue.clone(),
+            limits: old.limits.clone(),
+            info: old.info.clone(),
+            native: old.native,
+            pipelines: old.pipelines.clone(),
+            dispatch_ops: old.dispatch_ops,
+            broken: old.broken.clone(),
+            lost: Arc::clone(&old.lost),
+        };
+        change(&mut context);
         Self {
-            context: Arc::new(Context {
-                device: old.device.clone(),
-                queue: old.queue.clone(),
-                limits: old.limits.clone(),
-                info: old.info.clone(),
-                native: old.native,
-                pipelines: old.pipelines.clone(),
-                dispatch_ops: ops,
-                broken: old.broken.clone(),
-                lost: Arc::clone(&old.lost),
-            }),
+            context: Arc::new(context),
         }
     }
 
@@ -402,12 +423,12 @@ impl Context {
         const PIECE: usize = 64 << 20;
         let staging = self.create_buffer(&wgpu::BufferDescriptor {
             label: Some("sageattn download"),
-            size: bytes.len().min(PIECE).max(4) as u64,
+            size: bytes.len().clamp(4, PIECE) as u64,
             usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         })?;
-        for (index, piece) in bytes.chunks_mut(PIECE).enumerate() {
-            let at = offset + (index * PIECE) as u64;
+        for (number, piece) in bytes.chunks_mut(PIECE).enumerate() {
+            let at = offset + (number * PIECE) as u64;
             let mut encoder = self.device.create_command_encoder(&Default::default());
             self.scoped("reading a buffer", || {
                 encoder.copy_buffer_to_buffer(buffer, at, &staging, 0, piece.len() as u64);
@@ -460,7 +481,7 @@ impl Context {
             bindings: vec![Range::whole(&storage)],
             dispatches: vec![Dispatch {
                 params: Vec::new(),
-                grid: [cases.len().div_ceil(64) as u32, 1],
+                grid: [index(cases.len().div_ceil(64) as u64), 1],
             }],
         };
         let mut encoder = self.device.create_command_encoder(&Default::default());
@@ -511,8 +532,8 @@ fn self_test_cases() -> Vec<(u32, u32)> {
         1.4e-7,
         0.0,
     ];
-    for (index, x) in floats.iter().enumerate() {
-        let other = floats[(index + 5) % floats.len()];
+    for (number, x) in floats.iter().enumerate() {
+        let other = floats[(number + 5) % floats.len()];
         cases.push((x.to_bits(), other.to_bits()));
     }
     // Halves to unpack: one, the smallest subnormal, the largest subnormal, the smallest normal.

@@ -105,13 +105,14 @@ pub(crate) fn padded(rows: usize) -> usize {
     rows.next_multiple_of(ROW_PADDING)
 }
 
-/// Narrows an index that a binding's size bounds: bindings stay below 2^32 bytes.
+/// Narrows a number that kernels count in 32 bits: a length or head count that `Problem` bounds, or an
+/// index into a binding.
 #[allow(
     clippy::cast_possible_truncation,
-    reason = "callers pass indices into a binding, which `Context::max_binding` keeps below 2^32"
+    reason = "`Problem` keeps lengths and head counts below 2^30, `Context::max_binding` bindings below 2^32 bytes"
 )]
 pub(crate) fn index(n: u64) -> u32 {
-    debug_assert!(u32::try_from(n).is_ok(), "{n} is no index into a binding");
+    debug_assert!(u32::try_from(n).is_ok(), "{n} takes more than 32 bits");
     n as u32
 }
 

@@ -125,7 +125,7 @@ fn compile(context: &Context, variant: &Variant) -> Result<Pipeline, Error> {
     }
     for &read_only in storage_bindings(variant) {
         let ty = wgpu::BufferBindingType::Storage { read_only };
-        entries.push(entry(entries.len() as u32, ty, false, 0));
+        entries.push(entry(index(entries.len() as u64), ty, false, 0));
     }
     tracing::debug!(kernel = %name, "compiling");
     let created = context.catch(|| {
@@ -187,13 +187,13 @@ pub(crate) fn record(
     cache: Option<&ParamCache>,
     queries: Option<&wgpu::QuerySet>,
 ) -> Result<(), Error> {
-    let align = u64::from(context.limits.min_uniform_buffer_offset_alignment.max(16));
+    let align = context.limits.min_uniform_buffer_offset_alignment.max(16) as usize;
     let mut blocks = Vec::new();
     let mut offsets = Vec::new();
     for dispatch in steps.iter().flat_map(|step| &step.dispatches) {
-        offsets.push(blocks.len() as u32);
+        offsets.push(index(blocks.len() as u64));
         blocks.extend_from_slice(&dispatch.params);
-        blocks.resize(blocks.len().next_multiple_of(align as usize), 0);
+        blocks.resize(blocks.len().next_multiple_of(align), 0);
     }
     let params = match cache {
         Some(cache) if !blocks.is_empty() => Some(cache.buffer(context, blocks)?),
@@ -202,7 +202,7 @@ pub(crate) fn record(
     let mut offsets = offsets.into_iter();
     context.scoped("recording commands", || {
         let mut pass = None;
-        for (index, step) in steps.iter().enumerate() {
+        for (number, step) in (0u32..).zip(steps) {
             let group = bind(context, step, params.as_ref());
             if queries.is_some() {
                 pass = None;
@@ -210,8 +210,8 @@ pub(crate) fn record(
             let pass = pass.get_or_insert_with(|| {
                 let timestamp_writes = queries.map(|query_set| wgpu::ComputePassTimestampWrites {
                     query_set,
-                    beginning_of_pass_write_index: Some(2 * index as u32),
-                    end_of_pass_write_index: Some(2 * index as u32 + 1),
+                    beginning_of_pass_write_index: Some(2 * number),
+                    end_of_pass_write_index: Some(2 * number + 1),
                 });
                 encoder
                     .begin_compute_pass(&wgpu::ComputePassDescriptor {
@@ -243,9 +243,9 @@ fn bind(context: &Context, step: &Step<'_>, params: Option<&wgpu::Buffer>) -> wg
     });
     let ranges = block.iter().chain(&step.bindings);
     let entries: Vec<_> = ranges
-        .enumerate()
-        .map(|(binding, range)| wgpu::BindGroupEntry {
-            binding: binding as u32,
+        .zip(0u32..)
+        .map(|(range, binding)| wgpu::BindGroupEntry {
+            binding,
             resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
                 buffer: range.buffer,
                 offset: range.offset,
@@ -306,8 +306,8 @@ pub(crate) fn cut(
         side,
     );
     let mut dispatches = Vec::new();
-    for pair in (0..pairs).step_by(height as usize) {
-        for block in (0..blocks).step_by(width as usize) {
+    for pair in (0..pairs.div_ceil(height)).map(|n| n * height) {
+        for block in (0..blocks.div_ceil(width)).map(|n| n * width) {
             let grid = [width.min(blocks - block), height.min(pairs - pair)];
             dispatches.push(Dispatch {
                 params: params(index(block), index(pair)),

@@ -12,7 +12,7 @@ use sageattn_shaders::{ChannelOp, DType, KEY_TILE, Pv, RowGroups, Tile};
 
 use crate::attend;
 use crate::device::Context;
-use crate::memory::{Binder, Extents, Workspace, binding_need, padded};
+use crate::memory::{Binder, Extents, Workspace, binding_need, index, padded};
 use crate::pipeline::{ParamCache, Step, record};
 use crate::quantize::{self, MAX_SAMPLES, shader_dtype};
 
@@ -26,6 +26,7 @@ pub(crate) struct Kernels {
     pub(crate) dtype: DType,
     pub(crate) head_dim: u32,
     pub(crate) pv: Pv,
+    grouping: Grouping,
     pub(crate) q_groups: RowGroups,
     pub(crate) k_groups: RowGroups,
     pub(crate) causal: bool,
@@ -46,7 +47,7 @@ pub struct WgpuPlan {
 }
 
 /// The groups and the second product of the recipes that the kernels know.
-fn known(recipe: &Recipe) -> Option<(RowGroups, RowGroups, Pv)> {
+fn known(recipe: &Recipe) -> Option<(Grouping, RowGroups, RowGroups, Pv)> {
     let QkQuant::Int8(grouping) = recipe.qk else {
         return None;
     };
@@ -61,7 +62,7 @@ fn known(recipe: &Recipe) -> Option<(RowGroups, RowGroups, Pv)> {
         PvQuant::Int8Dynamic => Pv::I8,
         _ => return None,
     };
-    Some((q, k, pv))
+    Some((grouping, q, k, pv))
 }
 
 /// Every need of a request that the device does not meet.
@@ -123,8 +124,8 @@ fn choose(
         }
     }
     // head_dim is at most 256: `Problem` says so.
-    let head_dim = crate::memory::index(shape.head_dim as u64);
-    let Some((q_groups, k_groups, pv)) = recipes else {
+    let head_dim = index(shape.head_dim as u64);
+    let Some((grouping, q_groups, k_groups, pv)) = recipes else {
         return Err(missing);
     };
     let Some(tile) = attend::tile(limits, shape.q_len, head_dim, pv) else {
@@ -140,6 +141,7 @@ fn choose(
         dtype,
         head_dim,
         pv,
+        grouping,
         q_groups,
         k_groups,
         causal: problem.mask() != Mask::None,
@@ -202,9 +204,6 @@ fn size_needs(context: &Context, problem: &Problem, workspace: &Workspace) -> Ve
 impl Kernels {
     fn workspace(&self, problem: &Problem) -> Workspace {
         let shape = problem.shape();
-        let QkQuant::Int8(grouping) = self.recipe.qk else {
-            unreachable!("`known` lets only INT8 recipes through")
-        };
         let words = match self.pv {
             Pv::F16 => 32,
             // 16 words of codes, and their sum.
@@ -219,8 +218,8 @@ impl Kernels {
         let extents = Extents {
             qk_dim: self.tile.qk_dim(),
             value_bytes: tiles * words * u64::from(self.tile.pv_dim()) * 4,
-            q_groups: grouping.q().count(shape.q_len),
-            k_groups: grouping.k().count(shape.kv_len),
+            q_groups: self.grouping.q().count(shape.q_len),
+            k_groups: self.grouping.k().count(shape.kv_len),
             smooth: self.recipe.smooth != Smooth::Off,
             v_scaled: self.v_scale.is_some(),
             lse_bias: self.lse_bias,
@@ -294,7 +293,7 @@ impl WgpuPlan {
             context.device.create_query_set(&wgpu::QuerySetDescriptor {
                 label: Some("sageattn profile"),
                 ty: wgpu::QueryType::Timestamp,
-                count: crate::memory::index(count as u64),
+                count: index(count as u64),
             })
         })?;
         let resolved = context.create_buffer(&wgpu::BufferDescriptor {
@@ -312,7 +311,7 @@ impl WgpuPlan {
             Some(&queries),
         )?;
         context.scoped("resolving timestamps", || {
-            encoder.resolve_query_set(&queries, 0..2 * steps.len() as u32, &resolved, 0);
+            encoder.resolve_query_set(&queries, 0..index(count as u64), &resolved, 0);
         })?;
         context.submit(encoder)?;
         let mut ticks = vec![0u64; count];
@@ -382,7 +381,9 @@ impl Plan for WgpuPlan {
     fn profile(&self, io: &Io<'_>, workspace: &dyn Buffer) -> Result<Profile, Error> {
         let steps = self.steps(io, workspace)?;
         let features = self.context.device.features();
-        let (times, clock) = match features.contains(wgpu::Features::TIMESTAMP_QUERY) {
+        let timestamps = features.contains(wgpu::Features::TIMESTAMP_QUERY)
+            && 2 * steps.len() <= wgpu::QUERY_SET_MAX_QUERIES as usize;
+        let (times, clock) = match timestamps {
             true => (self.device_times(&steps)?, Clock::Device),
             false => (self.host_times(&steps)?, Clock::Host),
         };
@@ -404,10 +405,7 @@ mod tests {
     #[test]
     fn kernels_and_oracles_count_groups_alike() {
         for recipe in [Recipe::SAGE1_T, Recipe::SAGE1_B, Recipe::I8_I8_DYN] {
-            let (q, k, _) = known(&recipe).unwrap();
-            let QkQuant::Int8(grouping) = recipe.qk else {
-                unreachable!()
-            };
+            let (grouping, q, k, _) = known(&recipe).unwrap();
             for row in 0..700u32 {
                 assert_eq!(
                     q.of(row) as usize,

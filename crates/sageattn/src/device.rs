@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use sageattn_core::{Backend, Cpu, DeviceKind, Error, Problem, Recipe, choose};
+use sageattn_core::{Backend, Cpu, DeviceKind, Error, Problem, Recipe};
 
 /// A device that computes attention: one opened [`Backend`], cheap to clone.
 ///
@@ -38,9 +38,11 @@ impl Device {
     ///
     /// What was chosen, and why the others were not, goes to the log (`tracing`, level info).
     pub fn best() -> Self {
-        Self::candidates()
+        let device = Self::candidates()
             .next()
-            .unwrap_or_else(|| Self::new(Cpu::new()))
+            .unwrap_or_else(|| Self::new(Cpu::new()));
+        tracing::info!(%device, "chosen");
+        device
     }
 
     /// As [`best`](Self::best), for one call: the first device that takes the problem with the recipe,
@@ -62,10 +64,15 @@ impl Device {
         let mut refusals = Vec::new();
         for device in Self::candidates() {
             let recipe = recipe.unwrap_or_else(|| device.preferred(problem));
-            match choose(&[&*device], problem, &recipe) {
-                Ok(_) => return Ok((device, recipe)),
-                Err(Error::NoBackend { refusals: refused }) => refusals.extend(refused),
-                Err(error) => return Err(error),
+            match device.supports(problem, &recipe) {
+                Ok(()) => {
+                    tracing::info!(%device, %recipe, "chosen");
+                    return Ok((device, recipe));
+                }
+                Err(refusal) => {
+                    tracing::info!(%refusal, "passed over");
+                    refusals.push(refusal);
+                }
             }
         }
         Err(Error::NoBackend { refusals })
@@ -89,7 +96,7 @@ impl Device {
         Ok(tier(backend)?.name)
     }
 
-    /// Every device of every backend, and why a backend has none: for listings and test suites.
+    /// Every device of every backend, and why others are not there: for listings and test suites.
     ///
     /// ```
     /// let survey = sageattn::Device::all();
@@ -101,12 +108,14 @@ impl Device {
     pub fn all() -> Survey {
         let mut survey = Survey::default();
         for tier in TIERS {
-            match (tier.all)() {
-                Ok(devices) => survey.devices.extend(devices),
-                Err(error) => survey.refusals.push(Refusal {
-                    backend: tier.name,
-                    error,
-                }),
+            for found in (tier.all)() {
+                match found {
+                    Ok(device) => survey.devices.push(device),
+                    Err(error) => survey.refusals.push(Refusal {
+                        backend: tier.name,
+                        error,
+                    }),
+                }
             }
         }
         survey
@@ -125,12 +134,9 @@ impl Device {
     /// The best device of each backend that has one, in order of preference, opened one at a time.
     fn candidates() -> impl Iterator<Item = Self> {
         TIERS.iter().filter_map(|tier| match (tier.best)() {
-            Ok(device) if device.is_candidate() => {
-                tracing::info!(backend = tier.name, %device, "found a device");
-                Some(device)
-            }
+            Ok(device) if device.is_candidate() => Some(device),
             Ok(device) => {
-                tracing::info!(backend = tier.name, %device, "passed over: runs in software");
+                tracing::info!(%device, "passed over: a GPU interface in software");
                 None
             }
             Err(error) => {
@@ -161,11 +167,11 @@ impl fmt::Display for Device {
 pub struct Survey {
     /// Every device, backends in order of preference.
     pub devices: Vec<Device>,
-    /// The backends without any.
+    /// Backends without any, and devices that do not open.
     pub refusals: Vec<Refusal>,
 }
 
-/// Why a backend has no device on this machine.
+/// Why a device, or all of a backend's, cannot be used.
 #[derive(Debug)]
 pub struct Refusal {
     /// The backend's name.
@@ -184,15 +190,37 @@ impl fmt::Display for Refusal {
 struct Tier {
     name: &'static str,
     best: fn() -> Result<Device, Error>,
-    all: fn() -> Result<Vec<Device>, Error>,
+    /// Each device, or why it does not open; one error when there is none. Never empty.
+    all: fn() -> Vec<Result<Device, Error>>,
 }
 
 /// In order of preference.
-const TIERS: &[Tier] = &[Tier {
-    name: "cpu",
-    best: || Ok(Device::new(Cpu::new())),
-    all: || Ok(vec![Device::new(Cpu::new())]),
-}];
+const TIERS: &[Tier] = &[
+    #[cfg(feature = "wgpu")]
+    Tier {
+        name: "wgpu",
+        best: || sageattn_wgpu::Wgpu::best().map(Device::new),
+        all: every_adapter,
+    },
+    Tier {
+        name: "cpu",
+        best: || Ok(Device::new(Cpu::new())),
+        all: || vec![Ok(Device::new(Cpu::new()))],
+    },
+];
+
+#[cfg(feature = "wgpu")]
+fn every_adapter() -> Vec<Result<Device, Error>> {
+    use sageattn_wgpu::Wgpu;
+
+    let adapters = Wgpu::adapters();
+    if adapters.is_empty() {
+        // Its error says what was tried.
+        return vec![Wgpu::best().map(Device::new)];
+    }
+    let open = |adapter| Wgpu::open(adapter).map(Device::new);
+    adapters.iter().map(open).collect()
+}
 
 /// Backends that are planned, so that asking for one is not answered like a typing error.
 const NOT_YET: &[&str] = &["cuda"];
@@ -251,7 +279,7 @@ mod tests {
                 .refusals
                 .iter()
                 .any(|refusal| refusal.backend == *name);
-            assert!(found != refused, "{name}");
+            assert!(found || refused, "{name}");
         }
     }
 }

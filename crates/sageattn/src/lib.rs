@@ -100,11 +100,14 @@
 //!   [`mod@calibrate`].
 //! - Where tensors lie: [`Layout`], [`TensorView`], [`Buffer`], [`Io`]; in host memory: [`HostTensor`],
 //!   [`Staged`], [`attend_host`].
-//! - Who computes it: [`Device`], [`Backend`], [`Plan`], [`choose`].
+//! - Who computes it: [`Device`], [`Backend`], [`Plan`], [`choose`]; on the application's own GPU device,
+//!   buffers and command encoder: `wgpu_backend`.
 //! - How well: [`metrics`], and [`mod@reference`] for the two oracles.
 //! - What can go wrong: [`Error`].
 //!
 //! # Features
+//!
+//! - `wgpu` (on by default): the portable GPU tier.
 //!
 //! A feature leaves a backend out; none changes what the others do. The CPU backend is always there.
 
@@ -112,6 +115,9 @@ mod device;
 
 pub use device::{Device, Refusal, Survey};
 pub use sageattn_core::*;
+/// The portable GPU tier: for applications that have a wgpu device, buffers and encoders of their own.
+#[cfg(feature = "wgpu")]
+pub use sageattn_wgpu as wgpu_backend;
 
 /// The README's code has to build like any other.
 #[cfg(doctest)]

@@ -6,13 +6,19 @@ use safetensors::Dtype;
 
 use crate::fixture::{Answer, Fixture, run, sageattn, write};
 
-/// One line that holds every word of `says`.
+/// One line that holds every word of `says`, and none of any driver: no device was opened.
 fn refused(answer: &Answer, says: &[&str]) {
+    refused_by_device(answer, says);
+    assert_eq!(answer.stderr.lines().count(), 1, "{answer:?}");
+}
+
+/// One line of ours.
+fn refused_by_device(answer: &Answer, says: &[&str]) {
     assert_eq!(answer.code, Some(2), "{answer:?}");
     assert_eq!(answer.stdout, "");
-    assert_eq!(answer.stderr.lines().count(), 1, "{answer:?}");
-    let line = &answer.stderr;
-    assert!(line.starts_with("sageattn: "), "{line}");
+    let complaints = answer.complaints();
+    assert_eq!(complaints.len(), 1, "{answer:?}");
+    let line = complaints[0];
     for word in says {
         assert!(line.contains(word), "{line} lacks {word}");
     }
@@ -212,6 +218,41 @@ fn names_that_are_unknown() {
         &run(file, &["--mask", "causal"]),
         &["mask", "causal-top-left", "causal-bottom-right"],
     );
+    refused(
+        &sageattn(&["bench", "--suite", "everything"]),
+        &["suite", "\"everything\"", "quick"],
+    );
+    refused(&sageattn(&["bench", "--recipe", "sage9"]), &["\"sage9\""]);
+    refused(&sageattn(&["bench", "--backend", "tpu"]), &["\"tpu\""]);
+}
+
+#[test]
+fn a_tensor_above_what_a_device_binds_is_refused() {
+    // Keys and values of a little more than 128 MiB each: what a GPU interface must bind at least, and a
+    // software one binds at most. The file is sparse; nothing of it is on the disk.
+    let keys = (128 << 20) / (64 * 2) + 1;
+    let header = format!(
+        r#"{{"q":{{"dtype":"F16","shape":[1,1,1,64],"data_offsets":[0,128]}},
+            "k":{{"dtype":"F16","shape":[1,1,{keys},64],"data_offsets":[128,{}]}},
+            "v":{{"dtype":"F16","shape":[1,1,{keys},64],"data_offsets":[{},{}]}}}}"#,
+        128 + keys * 128,
+        128 + keys * 128,
+        128 + 2 * keys * 128
+    );
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    let file = write(&bytes);
+    let len = bytes.len() as u64 + 128 + 2 * keys * 128;
+    file.as_file().set_len(len).unwrap();
+
+    let listing = sageattn(&["devices", "--json"]).stdout;
+    let answer = run(file.path(), &["--backend", "wgpu", "--json"]);
+    if listing.contains("\"kind\": \"gpu\"") {
+        // Hardware may bind more; it may not crash.
+        assert!(matches!(answer.code, Some(0 | 2)), "{answer:?}");
+    } else {
+        refused_by_device(&answer, &["wgpu"]);
+    }
 }
 
 #[test]

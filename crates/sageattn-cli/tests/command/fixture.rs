@@ -139,6 +139,16 @@ pub(crate) struct Answer {
     pub(crate) stderr: String,
 }
 
+impl Answer {
+    /// The lines on stderr that are ours. Graphics drivers write there as well.
+    pub(crate) fn complaints(&self) -> Vec<&str> {
+        let lines = self.stderr.lines();
+        lines
+            .filter(|line| line.starts_with("sageattn: "))
+            .collect()
+    }
+}
+
 /// The command with these arguments, in the root of the workspace, logging nothing.
 pub(crate) fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sageattn"));

@@ -152,7 +152,9 @@ fn large_values(gpu: &Wgpu) -> Result<(), Failed> {
             if bad.count() > 0 {
                 return Err(format!("{recipe} at {qk:e}, {values:e} is not finite").into());
             }
+            // LSE is the difference of numbers of the size of the scores: no test of its digits here.
             if qk < 1e15 {
+                let problem = problem.with_outputs(Outputs::O);
                 check(gpu, &problem, &recipe, &inputs)?;
             }
         }
