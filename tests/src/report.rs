@@ -76,7 +76,7 @@ impl Tally {
             exact.cosine,
             exact.rmse,
             exact.max_abs_error,
-            report.lse,
+            report.lse.worst,
         );
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.rows.push(row);
@@ -90,7 +90,7 @@ impl Tally {
         });
         worst.tight = worst.tight.max(tight.rel_l1);
         worst.row = worst.row.max(report.worst_row);
-        worst.lse = worst.lse.max(report.lse);
+        worst.lse = worst.lse.max(report.lse.worst);
         if let Some(bound) = report.exact_bound {
             worst.of_bound = worst.of_bound.max(exact.rel_l1 / bound);
             worst.cosine = worst.cosine.min(exact.cosine);

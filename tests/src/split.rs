@@ -47,7 +47,7 @@ pub(crate) fn run(
             2.0 * bound,
         ),
         ("merged from exact, relative L1", report.exact.rel_l1, bound),
-        ("merged LSE from one call", report.lse, tolerance),
+        ("merged LSE from one call", report.lse.worst, tolerance),
     ];
     for (what, value, bound) in checks {
         if !bounds::within(value, bound) {
