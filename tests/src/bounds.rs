@@ -23,7 +23,7 @@ pub fn tight(dtype: DType, recipe: &Recipe) -> f64 {
 
 /// Relative L1 of the worst row of O against the faithful oracle: a dropped key or a wrong row must not
 /// hide in the mean. One key of a hundred dropped or doubled moves a row by about 0.08, a wrong row by
-/// 1. A code of P or K on the other side of a tie moves it by a part of one key's share: the worst of
+/// as much as itself. A code of P or K on the other side of a tie moves it by a part of one key's share: the worst of
 /// the suite's rows on a GPU interface in software is 1.5e-3 for f16 P, 4e-3 for u8; devices with a
 /// coarser `exp2` meet more ties, and a step of e4m3 is 1/16.
 pub fn worst_row(recipe: &Recipe) -> f64 {
