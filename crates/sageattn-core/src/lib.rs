@@ -25,7 +25,7 @@
 //! | [`Backend`] | a device that says what it supports and makes plans |
 //! | [`Plan`] | chosen kernels for one problem and recipe: immutable, shareable |
 //! | [`Io`] | tensors bound to a problem: checked once |
-//! | [`reference`] | what must come out: [`exact`](reference::exact) and [`faithful`](reference::faithful) |
+//! | [`mod@reference`] | what must come out: [`exact`](reference::exact) and [`faithful`](reference::faithful) |
 //!
 //! A call goes `Problem::new -> choose -> plan -> Io::bind -> run`; [`Staged`] does all of it for
 //! tensors in host memory.

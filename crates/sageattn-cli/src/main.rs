@@ -1,0 +1,59 @@
+//! The `sageattn` command.
+//!
+//! Exit codes: 0 it ran; 1 it ran, and O has NaN or infinity though Q, K and V have none; 2 it did not
+//! run. One line on stderr says why.
+
+mod args;
+mod bench;
+mod devices;
+mod input;
+mod output;
+mod report;
+mod run;
+mod terminal;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Args, Command};
+
+/// O is not finite on finite input.
+const NOT_FINITE: u8 = 1;
+/// Bad input, or a device that failed. The command line parser uses the same code.
+const DID_NOT_RUN: u8 = 2;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    start_log();
+    let result = match &args.command {
+        Command::Devices(args) => devices::devices(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::bench(args).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => run::run(args).map(|finite| {
+            if finite {
+                ExitCode::SUCCESS
+            } else {
+                terminal::complain("O has NaN or infinity although Q, K and V are finite");
+                ExitCode::from(NOT_FINITE)
+            }
+        }),
+    };
+    result.unwrap_or_else(|error| {
+        terminal::complain(&format!("{error:#}"));
+        ExitCode::from(DID_NOT_RUN)
+    })
+}
+
+/// Logs to stderr as `RUST_LOG` says. Without it only this library's own errors are let through:
+/// graphics drivers are chatty.
+fn start_log() {
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off,sageattn=error"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}

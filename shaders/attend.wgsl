@@ -1,0 +1,380 @@
+// Attention over quantized Q and K: O = softmax(scale * Q K^T) V, online in base 2, tile by tile.
+//
+//   q_codes [pair, q_padded, QK_DIM], k_codes [pair, kv_padded, QK_DIM]: signed bytes, 16 per vec4
+//   values: as values_f16.wgsl or values_i8.wgsl lays them out, 64 keys per tile
+//   floats: q_scales [pair, q_groups], k_scales [pair, k_groups], v_scales [pair, HEAD_DIM],
+//           lse_bias [pair, q_len]
+//   -> out [batch, heads, q_len, head_dim], lse [pair, q_len]
+//
+// One workgroup per ROWS queries and pair. An invocation holds four rows: of the scores the four keys
+// column, column + 16, + 32, + 48 of a tile; of O four channels of every group of 64. The 16 columns of
+// a row meet only in its maximum, once per tile, and in its sums, once at the end.
+//
+// Workgroup memory `staged`: the rows of Q, then the tile of K; V's tile goes over K (Q_RESIDENT) or
+// over both. Rows of codes are QK_STRIDE vec4 apart, an odd number, so that rows read together lie in
+// different banks.
+
+const COLUMNS: u32 = 16u;
+const KEY_TILE: u32 = 64u;
+const THREADS: u32 = ROWS * 4u;
+const GROUPS: u32 = PV_DIM / 64u;
+const P_STRIDE: u32 = P_VECS + 1u;
+const K_AT: u32 = ROWS * QK_STRIDE;
+const V_VECS: u32 = CHUNK_GROUPS * 16u;
+
+// Below every score (their product cannot reach it: see `supports`), and far from infinity, so that
+// differences stay finite.
+const MASKED: f32 = -3.0e38;
+const MINUS_INFINITY_BITS: u32 = 0xff800000u;
+const LN_2: f32 = 0.6931471805599453;
+
+@group(0) @binding(0) var<uniform> params: AttendParams;
+@group(0) @binding(1) var<storage, read_write> q_codes: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read_write> k_codes: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read_write> values: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read_write> floats: array<f32>;
+@group(0) @binding(5) var<storage, read_write> out: array<u32>;
+@group(0) @binding(6) var<storage, read_write> lse: array<u32>;
+
+var<workgroup> staged: array<vec4<u32>, STAGED_VECS>;
+var<workgroup> p_tile: array<vec4<u32>, ROWS * P_STRIDE>;
+var<workgroup> columns: array<vec4<f32>, ROWS * 4u>;
+var<workgroup> key_scales: array<f32, KEY_TILE>;
+
+// Per row, of the invocation's four: the running maximum (log2 units), the sums over this invocation's
+// keys, and the factors of the current tile.
+struct State {
+    maximum: vec4<f32>,
+    sum: vec4<f32>,
+    unrounded: vec4<f32>,
+    decay: vec4<f32>,
+    gain: vec4<f32>,
+}
+
+struct Scores {
+    r0: vec4<f32>,
+    r1: vec4<f32>,
+    r2: vec4<f32>,
+    r3: vec4<f32>,
+}
+
+struct Products {
+    r0: vec4<i32>,
+    r1: vec4<i32>,
+    r2: vec4<i32>,
+    r3: vec4<i32>,
+}
+
+// exp2(s - maximum). A score equal to the maximum gives exactly 1, also where the compiler fuses the
+// product that made s with the subtraction: at large scores the fused difference is far from zero.
+fn exponentials(s: vec4<f32>, maximum: f32, boundary: bool) -> vec4<f32> {
+    let m = vec4<f32>(maximum);
+    let p = select(exp2(s - m), vec4<f32>(1.0), s >= m);
+    if (boundary) {
+        return select(p, vec4<f32>(), s <= vec4<f32>(MASKED));
+    }
+    return p;
+}
+
+// The factor that moves a row from one maximum to a higher one.
+fn decay_to(before: vec4<f32>, after: vec4<f32>) -> vec4<f32> {
+    return select(exp2(before - after), vec4<f32>(1.0), before >= after);
+}
+
+fn scale_rows(o: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(o[0] * by.x, o[1] * by.y, o[2] * by.z, o[3] * by.w);
+}
+
+fn row_max(row: u32, column: u32, x: vec4<f32>) -> vec4<f32> {
+    share(row, column, x);
+    return vec4<f32>(max_of(row), max_of(row + 1u), max_of(row + 2u), max_of(row + 3u));
+}
+
+fn row_sum(row: u32, column: u32, x: vec4<f32>) -> vec4<f32> {
+    share(row, column, x);
+    return vec4<f32>(sum_of(row), sum_of(row + 1u), sum_of(row + 2u), sum_of(row + 3u));
+}
+
+// Puts one number per row and column where the row's other columns see it. Callers pass a barrier
+// between reading and the next call.
+fn share(row: u32, column: u32, x: vec4<f32>) {
+    columns[row * 4u + column / 4u][column % 4u] = x.x;
+    columns[(row + 1u) * 4u + column / 4u][column % 4u] = x.y;
+    columns[(row + 2u) * 4u + column / 4u][column % 4u] = x.z;
+    columns[(row + 3u) * 4u + column / 4u][column % 4u] = x.w;
+    workgroupBarrier();
+}
+
+fn max_of(row: u32) -> f32 {
+    let at = row * 4u;
+    let x = max(max(columns[at], columns[at + 1u]), max(columns[at + 2u], columns[at + 3u]));
+    return max(max(x.x, x.y), max(x.z, x.w));
+}
+
+fn sum_of(row: u32) -> f32 {
+    let at = row * 4u;
+    let x = (columns[at] + columns[at + 1u]) + (columns[at + 2u] + columns[at + 3u]);
+    return (x.x + x.y) + (x.z + x.w);
+}
+
+// How many keys, from the first, a query sees.
+fn visible_keys(row: u32) -> u32 {
+    if (CAUSAL) {
+        return u32(clamp(i32(row) + 1 + params.causal_shift, 0, i32(params.kv_len)));
+    }
+    return params.kv_len;
+}
+
+fn q_scale(pair: u32, row: u32) -> f32 {
+    let group = (row / Q_BLOCK) * Q_SLOTS + (row % Q_SLOT_MOD) / Q_SLOT_DIV;
+    return floats[params.q_scales + pair * params.q_groups + min(group, params.q_groups - 1u)];
+}
+
+fn k_scale(pair: u32, key: u32) -> f32 {
+    let group = (key / K_BLOCK) * K_SLOTS + (key % K_SLOT_MOD) / K_SLOT_DIV;
+    return floats[params.k_scales + pair * params.k_groups + min(group, params.k_groups - 1u)];
+}
+
+fn stage_queries(lane: u32, at: u32, chunk: u32) {
+    for (var i = lane; i < ROWS * QK_VECS; i += THREADS) {
+        let row = i / QK_VECS;
+        let vec = i % QK_VECS;
+        staged[row * QK_STRIDE + vec] = q_codes[at + row * (QK_DIM / 16u) + chunk * QK_VECS + vec];
+    }
+}
+
+fn stage_keys(lane: u32, at: u32, chunk: u32) {
+    for (var i = lane; i < KEY_TILE * QK_VECS; i += THREADS) {
+        let key = i / QK_VECS;
+        let vec = i % QK_VECS;
+        staged[K_AT + key * QK_STRIDE + vec] = k_codes[at + key * (QK_DIM / 16u) + chunk * QK_VECS + vec];
+    }
+}
+
+fn stage_values(lane: u32, at: u32, group: u32) {
+    for (var i = lane; i < V_ROWS * V_VECS; i += THREADS) {
+        staged[V_AT + i] = values[at + (i / V_VECS) * (PV_DIM / 4u) + group * 16u + i % V_VECS];
+    }
+}
+
+// Adds the products of the staged channels: four rows against the keys column, + 16, + 32, + 48.
+fn multiply(row: u32, column: u32, sums: Products) -> Products {
+    var t = sums;
+    for (var i = 0u; i < QK_VECS; i++) {
+        let q = row * QK_STRIDE + i;
+        let k = K_AT + column * QK_STRIDE + i;
+        let q0 = staged[q];
+        let q1 = staged[q + QK_STRIDE];
+        let q2 = staged[q + 2u * QK_STRIDE];
+        let q3 = staged[q + 3u * QK_STRIDE];
+        let k0 = staged[k];
+        let k1 = staged[k + 16u * QK_STRIDE];
+        let k2 = staged[k + 32u * QK_STRIDE];
+        let k3 = staged[k + 48u * QK_STRIDE];
+        t.r0 += vec4<i32>(dot16(q0, k0), dot16(q0, k1), dot16(q0, k2), dot16(q0, k3));
+        t.r1 += vec4<i32>(dot16(q1, k0), dot16(q1, k1), dot16(q1, k2), dot16(q1, k3));
+        t.r2 += vec4<i32>(dot16(q2, k0), dot16(q2, k1), dot16(q2, k2), dot16(q2, k3));
+        t.r3 += vec4<i32>(dot16(q3, k0), dot16(q3, k1), dot16(q3, k2), dot16(q3, k3));
+    }
+    return t;
+}
+
+fn mask_row(s: vec4<f32>, keys: vec4<u32>, visible: u32) -> vec4<f32> {
+    return select(vec4<f32>(MASKED), s, keys < vec4<u32>(visible));
+}
+
+// Where a row's results go.
+struct Place {
+    batch: u32,
+    head: u32,
+    pair: u32,
+    scales: u32,
+}
+
+// What an invocation holds of a row at the end: four channels of each group, and the row's state.
+struct Row {
+    o0: vec4<f32>,
+    o1: vec4<f32>,
+    o2: vec4<f32>,
+    o3: vec4<f32>,
+    maximum: f32,
+    sum: f32,
+    unrounded: f32,
+}
+
+fn write_group(start: u32, quad: u32, o: vec4<f32>, sum: f32, scales: u32) {
+    let channel = 4u * quad;
+    if (channel >= HEAD_DIM) {
+        return;
+    }
+    // A row that sees no key has no sum: O is zero.
+    var x = vec4<f32>();
+    if (sum > 0.0) {
+        x = o / sum;
+    }
+    if (V_SCALED) {
+        x.x *= floats[scales + channel];
+        if (channel + 1u < HEAD_DIM) { x.y *= floats[scales + channel + 1u]; }
+        if (channel + 2u < HEAD_DIM) { x.z *= floats[scales + channel + 2u]; }
+        if (channel + 3u < HEAD_DIM) { x.w *= floats[scales + channel + 3u]; }
+    }
+    store_quad(start, quad, x);
+}
+
+fn write_row(place: Place, query: u32, column: u32, row: Row) {
+    if (query >= params.q_len) {
+        return;
+    }
+    let start = row_start(params.out, place.batch, place.head, query);
+    write_group(start, column, row.o0, row.sum, place.scales);
+    if (GROUPS > 1u) { write_group(start, column + 16u, row.o1, row.sum, place.scales); }
+    if (GROUPS > 2u) { write_group(start, column + 32u, row.o2, row.sum, place.scales); }
+    if (GROUPS > 3u) { write_group(start, column + 48u, row.o3, row.sum, place.scales); }
+    if (LSE && column == 0u) {
+        let at = place.pair * params.q_len + query;
+        var bits = MINUS_INFINITY_BITS;
+        if (row.unrounded > 0.0) {
+            var x = (row.maximum + log2(row.unrounded)) * LN_2;
+            if (LSE_BIAS) {
+                x += floats[params.lse_bias + at];
+            }
+            bits = bitcast<u32>(x);
+        }
+        lse[params.lse + at] = bits;
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let pair = params.first_pair + group.y;
+    let batch = pair / params.heads;
+    let head = pair % params.heads;
+    let kv_heads = params.heads / params.heads_per_kv;
+    let kv_pair = batch * kv_heads + head / params.heads_per_kv;
+    var tile = params.first_tile + group.x;
+    if (CAUSAL) {
+        // The last queries see the most keys: they start first, so that no long tile runs alone.
+        tile = params.tiles - 1u - tile;
+    }
+    let first_row = tile * ROWS;
+    let column = lane % COLUMNS;
+    let row = 4u * (lane / COLUMNS);
+    let query = first_row + row;
+
+    let visible = vec4<u32>(
+        visible_keys(query),
+        visible_keys(query + 1u),
+        visible_keys(query + 2u),
+        visible_keys(query + 3u),
+    );
+    // The keys that any row of the workgroup sees, and those that every row sees.
+    let end = visible_keys(min(first_row + ROWS, params.q_len) - 1u);
+    let unmasked = visible_keys(first_row);
+
+    let q_at = params.q_codes + (pair * params.q_padded + first_row) * (QK_DIM / 16u);
+    let row_scale = params.score_scale * vec4<f32>(
+        q_scale(pair, query),
+        q_scale(pair, query + 1u),
+        q_scale(pair, query + 2u),
+        q_scale(pair, query + 3u),
+    );
+    if (Q_RESIDENT) {
+        stage_queries(lane, q_at, 0u);
+    }
+
+    var state = State();
+    state.maximum = vec4<f32>(MASKED);
+    var o0 = mat4x4<f32>();
+    var o1 = mat4x4<f32>();
+    var o2 = mat4x4<f32>();
+    var o3 = mat4x4<f32>();
+    for (var key = 0u; key < end; key += KEY_TILE) {
+        let k_at = params.k_codes + (kv_pair * params.kv_padded + key) * (QK_DIM / 16u);
+        let v_at = params.values
+            + (kv_pair * (params.kv_padded / KEY_TILE) + key / KEY_TILE) * (V_TILE_ROWS * (PV_DIM / 4u));
+        let boundary = key + KEY_TILE > unmasked;
+
+        // Q K^T
+        if (lane < KEY_TILE) {
+            key_scales[lane] = k_scale(kv_pair, key + lane);
+        }
+        var products = Products();
+        for (var chunk = 0u; chunk < QK_CHUNKS; chunk++) {
+            if (!Q_RESIDENT) {
+                stage_queries(lane, q_at, chunk);
+            }
+            stage_keys(lane, k_at, chunk);
+            workgroupBarrier();
+            products = multiply(row, column, products);
+            if (chunk + 1u < QK_CHUNKS) {
+                workgroupBarrier();
+            }
+        }
+
+        // Softmax
+        let scales = vec4<f32>(
+            key_scales[column],
+            key_scales[column + 16u],
+            key_scales[column + 32u],
+            key_scales[column + 48u],
+        );
+        var s: Scores;
+        s.r0 = vec4<f32>(products.r0) * row_scale.x * scales;
+        s.r1 = vec4<f32>(products.r1) * row_scale.y * scales;
+        s.r2 = vec4<f32>(products.r2) * row_scale.z * scales;
+        s.r3 = vec4<f32>(products.r3) * row_scale.w * scales;
+        if (boundary) {
+            let keys = vec4<u32>(key + column) + vec4<u32>(0u, 16u, 32u, 48u);
+            s.r0 = mask_row(s.r0, keys, visible.x);
+            s.r1 = mask_row(s.r1, keys, visible.y);
+            s.r2 = mask_row(s.r2, keys, visible.z);
+            s.r3 = mask_row(s.r3, keys, visible.w);
+        }
+        let own_max = vec4<f32>(
+            max(max(s.r0.x, s.r0.y), max(s.r0.z, s.r0.w)),
+            max(max(s.r1.x, s.r1.y), max(s.r1.z, s.r1.w)),
+            max(max(s.r2.x, s.r2.y), max(s.r2.z, s.r2.w)),
+            max(max(s.r3.x, s.r3.y), max(s.r3.z, s.r3.w)),
+        );
+        // The barrier inside also ends the reading of K: V may take its place.
+        let tile_max = row_max(row, column, own_max);
+        weigh(row, column, s, tile_max, boundary, &state);
+
+        // P V
+        stage_values(lane, v_at, 0u);
+        workgroupBarrier();
+        accumulate(row, column, state, v_at, 0u, &o0, &o1);
+        if (CHUNK_GROUPS == 1u && GROUPS > 1u) {
+            workgroupBarrier();
+            stage_values(lane, v_at, 1u);
+            workgroupBarrier();
+            accumulate(row, column, state, v_at, 1u, &o1, &o2);
+        }
+        if (GROUPS > 2u) {
+            workgroupBarrier();
+            stage_values(lane, v_at, 2u);
+            workgroupBarrier();
+            accumulate(row, column, state, v_at, 2u, &o2, &o3);
+        }
+        if (CHUNK_GROUPS == 1u && GROUPS > 3u) {
+            workgroupBarrier();
+            stage_values(lane, v_at, 3u);
+            workgroupBarrier();
+            var none = mat4x4<f32>();
+            accumulate(row, column, state, v_at, 3u, &o3, &none);
+        }
+        workgroupBarrier();
+    }
+
+    let sum = row_sum(row, column, state.sum);
+    workgroupBarrier();
+    var unrounded = vec4<f32>();
+    if (LSE) {
+        unrounded = row_sum(row, column, state.unrounded);
+    }
+    let place = Place(batch, head, pair, params.v_scales + kv_pair * HEAD_DIM);
+    write_row(place, query, column, Row(o0[0], o1[0], o2[0], o3[0], state.maximum.x, sum.x, unrounded.x));
+    write_row(place, query + 1u, column, Row(o0[1], o1[1], o2[1], o3[1], state.maximum.y, sum.y, unrounded.y));
+    write_row(place, query + 2u, column, Row(o0[2], o1[2], o2[2], o3[2], state.maximum.z, sum.z, unrounded.z));
+    write_row(place, query + 3u, column, Row(o0[3], o1[3], o2[3], o3[3], state.maximum.w, sum.w, unrounded.w));
+}

@@ -1,0 +1,149 @@
+//! Every variant through naga's parser and validator, and the host's structs against the shaders'. No
+//! device is needed.
+
+use std::mem::offset_of;
+
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use sageattn_shaders::abi::{AttendParams, TensorParams, View};
+use sageattn_shaders::{ABI_WGSL, Native, Variant};
+
+fn validate(name: &str, source: &str) -> Result<naga::Module, String> {
+    let module = naga::front::wgsl::parse_str(source)
+        .map_err(|error| format!("{name}: {}", error.emit_to_string(source)))?;
+    // The one capability beyond the baseline: pack2x16float, which every native backend has.
+    Validator::new(
+        ValidationFlags::all(),
+        Capabilities::SHADER_FLOAT16_IN_FLOAT32,
+    )
+    .validate(&module)
+    .map_err(|error| format!("{name}: {}", error.emit_to_string(source)))?;
+    Ok(module)
+}
+
+#[test]
+fn every_variant_validates_under_a_name_of_its_own() {
+    let mut names = std::collections::HashMap::new();
+    for variant in Variant::all() {
+        let kernel = variant.compose(Native::ALL);
+        let module = validate(&kernel.name, &kernel.source).unwrap();
+        assert!(!module.overrides.is_empty(), "{}: no override", kernel.name);
+        assert_eq!(module.entry_points.len(), 1, "{}", kernel.name);
+        if let Some(other) = names.insert(kernel.name.clone(), variant) {
+            assert_eq!(other, variant, "two variants are called {}", kernel.name);
+        }
+    }
+    assert!(names.len() > 250, "{} variants", names.len());
+}
+
+#[test]
+fn the_replacements_for_broken_instructions_validate() {
+    let none = Native {
+        dot: false,
+        pack: false,
+    };
+    for variant in Variant::all() {
+        let kernel = variant.compose(none);
+        validate(&kernel.name, &kernel.source).unwrap();
+    }
+}
+
+#[test]
+fn workgroup_memory_is_what_the_tile_says() {
+    for variant in Variant::all() {
+        let Variant::Attend(attend) = variant else {
+            continue;
+        };
+        let kernel = variant.compose(Native::ALL);
+        let module = validate(&kernel.name, &kernel.source).unwrap();
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let declared: u32 = module
+            .global_variables
+            .iter()
+            .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
+            .map(|(_, v)| layouter[v.ty].size)
+            .sum();
+        let expected = attend.tile.workgroup_bytes(attend.pv);
+        assert_eq!(declared, expected, "{}", kernel.name);
+        let size = module.entry_points[0].workgroup_size;
+        assert_eq!(size, [attend.tile.invocations(), 1, 1], "{}", kernel.name);
+    }
+}
+
+#[test]
+fn host_structs_match_the_shaders() {
+    let module = naga::front::wgsl::parse_str(ABI_WGSL).unwrap();
+    let check = |name: &str, size: usize, fields: &[(&str, usize)]| {
+        let (_, ty) = module
+            .types
+            .iter()
+            .find(|(_, ty)| ty.name.as_deref() == Some(name))
+            .unwrap_or_else(|| panic!("no struct {name}"));
+        let naga::TypeInner::Struct { members, span } = &ty.inner else {
+            panic!("{name} is not a struct");
+        };
+        assert_eq!(*span as usize, size, "size of {name}");
+        let there: Vec<_> = members
+            .iter()
+            .map(|m| (m.name.as_deref().unwrap(), m.offset as usize))
+            .collect();
+        assert_eq!(there, fields, "{name}");
+    };
+    macro_rules! check {
+        ($ty:ident { $($field:ident),* }) => {
+            check(stringify!($ty), size_of::<$ty>(), &[$((stringify!($field), offset_of!($ty, $field))),*])
+        };
+    }
+    check!(View {
+        batch,
+        head,
+        row,
+        offset
+    });
+    check!(TensorParams {
+        view,
+        heads,
+        first_pair,
+        first_block,
+        len,
+        padded_len,
+        groups,
+        splits,
+        samples,
+        heads_per_kv,
+        data,
+        scales,
+        channels,
+        partials,
+        lse_bias,
+        softmax_scale,
+        unused
+    });
+    check!(AttendParams {
+        out,
+        heads,
+        heads_per_kv,
+        first_pair,
+        first_tile,
+        tiles,
+        q_len,
+        kv_len,
+        q_padded,
+        kv_padded,
+        q_groups,
+        k_groups,
+        causal_shift,
+        q_codes,
+        k_codes,
+        values,
+        q_scales,
+        k_scales,
+        v_scales,
+        lse_bias,
+        lse,
+        score_scale,
+        unused0,
+        unused1,
+        unused2
+    });
+}
