@@ -8,7 +8,7 @@ use sageattn_core::metrics::Metrics;
 use sageattn_core::reference::exact::{self, Reference};
 use sageattn_core::reference::faithful;
 use sageattn_core::{
-    Backend, DeviceKind, Error, HostOutput, HostTensor, KeyOrder, Problem, Recipe, Rounding, Shape,
+    Backend, DeviceKind, Error, HostOutput, HostTensor, Problem, Recipe, Rounding, Shape,
     Unsupported, round_to,
 };
 
@@ -39,7 +39,8 @@ pub struct Prepared {
     faithful: Mutex<HashMap<FaithfulKey, Arc<OnceLock<Arc<HostOutput>>>>>,
 }
 
-type FaithfulKey = (Recipe, usize, KeyOrder, u32);
+/// The rounding as it prints: it holds floats.
+type FaithfulKey = (Recipe, String);
 
 /// How far a result was from each oracle.
 #[derive(Clone, Debug)]
@@ -145,12 +146,7 @@ impl Prepared {
 
     /// What the recipe makes of the compared heads under a rounding, O rounded to the output type.
     pub fn faithful(&self, recipe: &Recipe, rounding: &Rounding) -> Arc<HostOutput> {
-        let key = (
-            *recipe,
-            rounding.key_tile,
-            rounding.key_order,
-            rounding.stale_max.to_bits(),
-        );
+        let key = (*recipe, format!("{rounding:?}"));
         let cell = {
             let mut cells = self.faithful.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(cells.entry(key).or_default())

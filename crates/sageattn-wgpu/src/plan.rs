@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sageattn_core::{
-    Buffer, Clock, Description, Error, Grouping, Io, KeyOrder, Mask, Outputs, Plan, Problem,
-    Profile, PvQuant, QkQuant, Recipe, Rounding, Smooth, Unsupported,
+    Buffer, Clock, Description, Error, Grouping, Io, Mask, Outputs, Plan, Problem, Profile,
+    PvQuant, QkQuant, Recipe, Rounding, Smooth, Unsupported,
 };
 use sageattn_shaders::{ChannelOp, DType, KEY_TILE, Pv, RowGroups, Tile};
 
@@ -358,8 +358,7 @@ impl Plan for WgpuPlan {
             recipe: self.kernels.recipe,
             rounding: Rounding {
                 key_tile: KEY_TILE as usize,
-                key_order: KeyOrder::Ascending,
-                stale_max: 0.0,
+                ..Rounding::of(&self.kernels.recipe)
             },
             scratch: self.workspace.scratch.ranges().to_vec(),
         }
