@@ -189,7 +189,7 @@ fn small(size: usize) -> u32 {
     u32::try_from(size).unwrap_or(u32::MAX)
 }
 
-/// Every kernel that [`choose`] can choose.
+/// Every kernel that a plan can choose.
 pub fn variants() -> Vec<Variant> {
     let mut variants = Vec::new();
     for (width, dtype, cut) in WIDTHS.into_iter().flat_map(|width| {
