@@ -28,14 +28,17 @@ constexpr float P_LIMIT_LOG2 = 8.8f;
 /// m of a row that has seen no key. Finite, so that no difference of two references is NaN.
 constexpr float NO_REFERENCE = -3e38f;
 /// Below every score: no product of s8 rows reaches it (256 * 127 * 127 < 2^23).
-constexpr i32 NO_SCORE = -(1 << 24);
+constexpr float NO_SCORE = -16777216.f;
 /// Bound of c: scores are below 2^23, so that c times a score stays finite.
 constexpr float LARGEST_MULTIPLIER = 1e31f;
 
 /// The scores as floats, exactly: below 2^24. Everything after the GEMM reads these, so that the integers need not outlive the conversion.
-DEVICE void scores_to_float(float (&x)[64], const i32 (&scores)[64]) {
+/// The GEMM may have given the 128 keys in parts.
+template <int parts, int words>
+DEVICE void scores_to_float(float (&x)[64], const i32 (&scores)[parts][words]) {
+    static_assert(parts * words == 64, "a 64 x 128 tile");
 #pragma unroll
-    for (int i = 0; i < 64; ++i) x[i] = to_float(scores[i]);
+    for (int i = 0; i < 64; ++i) x[i] = to_float(scores[i / words][i % words]);
 }
 
 /// The state of this thread's two rows.
@@ -83,19 +86,14 @@ DEVICE void exponentials(u32 (&p)[16], float (&tile_sum)[2], const float (&score
 }
 
 /// The largest score of each row in this thread, masked columns apart.
-template <bool masked, class Score>
-DEVICE void largest_scores(float (&top)[2], const Score (&scores)[64], const i32 (&last)[2]) {
-    constexpr Score none = NO_SCORE;
-    Score largest[2] = {none, none};
+template <bool masked>
+DEVICE void largest_scores(float (&top)[2], const float (&scores)[64], const i32 (&last)[2]) {
+    top[0] = top[1] = NO_SCORE;
 #pragma unroll
-    for (int word = 0; word < 64; word += 2) {
+    for (int word = 0; word < 64; ++word) {
         const int row = fragment_row(word);
-        const bool first = !masked || fragment_column(word) <= last[row];
-        const bool second = !masked || fragment_column(word + 1) <= last[row];
-        largest[row] = max3(largest[row], first ? scores[word] : none, second ? scores[word + 1] : none);
+        if (!masked || fragment_column(word) <= last[row]) top[row] = fmaxf(top[row], scores[word]);
     }
-    top[0] = static_cast<float>(largest[0]);
-    top[1] = static_cast<float>(largest[1]);
 }
 
 /// Moves the references of the rows that `must` move, and gives the factors by which sums and O shrink: to P_START_LOG2 below the maximum of this
@@ -104,7 +102,7 @@ DEVICE void largest_scores(float (&top)[2], const Score (&scores)[64], const i32
 DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&must)[2], const float (&top)[2], float c) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        const float maximum = quad_max(top[row] == static_cast<float>(NO_SCORE) ? NO_REFERENCE : mul_round_down(top[row], c));
+        const float maximum = quad_max(top[row] == NO_SCORE ? NO_REFERENCE : mul_round_down(top[row], c));
         const float from_maximum = sub_round_down(maximum, P_START_LOG2);
         const float before = rows.reference[row];
         const float after = !must[row] ? before : from_maximum > before ? from_maximum : before + REFERENCE_STEP;

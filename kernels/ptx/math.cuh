@@ -83,11 +83,3 @@ DEVICE void unpack_bf16(u32 word, float& low, float& high) {
     low = __uint_as_float(word << 16);
     high = __uint_as_float(word & 0xffff0000u);
 }
-
-/// The largest of three; the compiler fuses the two into one VIMNMX3 on sm_90. PTX ISA 9.7.1.12, max.
-DEVICE i32 max3(i32 a, i32 b, i32 c) {
-    return max(max(a, b), c);
-}
-DEVICE float max3(float a, float b, float c) {
-    return fmaxf(fmaxf(a, b), c);
-}

@@ -48,6 +48,20 @@ DEVICE void wgmma_m64n128k32_s8(i32 (&d)[64], u64 a, u64 b) {
         : "l"(a), "l"(b), "n"(accumulate));
 }
 
+/// S (64 x 64, s32) = A B^T + (accumulate ? S : 0), A (64 x 32) and B (64 x 32) of s8 in shared memory.
+/// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n64k32.s32.s8.s8.
+template <bool accumulate>
+DEVICE void wgmma_m64n64k32_s8(i32 (&d)[32], u64 a, u64 b) {
+    asm volatile(
+        "{ .reg .pred keep; setp.ne.b32 keep, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8\n"
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, \n"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, \n"
+        "%32, %33, keep; }"
+        : WGMMA_WORDS_32(d, 0)
+        : "l"(a), "l"(b), "n"(accumulate));
+}
+
 /// T (64 x 64, f32) = A B^T + (accumulate ? T : 0), A (64 x 32) of e4m3 in registers, B (64 x 32) of e4m3 in shared memory.
 /// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n64k32.f32.e4m3.e4m3.
 template <bool accumulate>

@@ -33,10 +33,12 @@ static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) 
 
 constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
 constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
-/// Channels of T that one GEMM gives.
+/// Columns of one GEMM, keys of S and channels of T: equal, so that T fits the registers of S, or of its first part.
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
 constexpr int PANELS = HEAD_DIM / PANEL;
 constexpr int PANEL_WORDS = PANEL / 2;
+constexpr int SCORE_PARTS = TILE_KEYS / PANEL;
+using Scores = i32[SCORE_PARTS][PANEL_WORDS];
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
@@ -91,16 +93,25 @@ DEVICE int unmasked_tiles(const AttnParams& params, u32 row) {
     return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
 }
 
+/// One slice of a panel of S.
+template <bool accumulate>
+DEVICE void multiply_s8(i32 (&scores)[PANEL_WORDS], u64 q, u64 k) {
+    if constexpr (PANEL == 64) {
+        wgmma_m64n64k32_s8<accumulate>(scores, q, k);
+    } else {
+        wgmma_m64n128k32_s8<accumulate>(scores, q, k);
+    }
+}
+
 /// S = Q K^T, exact in s32.
-DEVICE void multiply_qk(i32 (&scores)[64], u64 q, u64 k) {
+DEVICE void multiply_qk(Scores& scores, u64 q, u64 k) {
 #pragma unroll
-    for (int slice = 0; slice < HEAD_DIM / 32; ++slice) {
-        const u64 a = q + slice_offset<ROWS, HEAD_DIM>(slice) / 16;
-        const u64 b = k + slice_offset<TILE_KEYS, HEAD_DIM>(slice) / 16;
-        if (slice == 0) {
-            wgmma_m64n128k32_s8<false>(scores, a, b);
-        } else {
-            wgmma_m64n128k32_s8<true>(scores, a, b);
+    for (int part = 0; part < SCORE_PARTS; ++part) {
+        const u64 keys = k + part * PANEL * PANEL_WIDTH<HEAD_DIM> / 16;
+        multiply_s8<false>(scores[part], q, keys);
+#pragma unroll
+        for (int slice = 1; slice < HEAD_DIM / 32; ++slice) {
+            multiply_s8<true>(scores[part], q + slice_offset<ROWS, HEAD_DIM>(slice) / 16, keys + slice_offset<TILE_KEYS, HEAD_DIM>(slice) / 16);
         }
     }
 }
@@ -121,16 +132,6 @@ DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) 
     multiply(Constant<1>{});
     multiply(Constant<2>{});
     multiply(Constant<3>{});
-}
-
-/// T lies in S's registers where it needs as many.
-template <int words>
-DEVICE i32 (&registers_of_partial(i32 (&scores)[64], i32 (&apart)[words]))[words] {
-    if constexpr (words == 64) {
-        return scores;
-    } else {
-        return apart;
-    }
 }
 
 /// Tiles that the rows of a work see, together.
@@ -289,7 +290,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const float q_multiplier = load_q(params, work, first_row, slab);
         named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
 
-        i32 scores[64];
+        Scores scores;
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
@@ -305,13 +306,13 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
             multiplier = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
             wgmma_wait<0>();
-            wgmma_result(scores);
+#pragma unroll
+            for (auto& part : scores) wgmma_result(part);
             k_ring.release(k_at, elected);
             k_at.advance();
         };
         const auto add_pv = [&](const u32 (&p)[16], int panel) {
-            i32 apart[PANEL_WORDS];
-            i32(&partial)[PANEL_WORDS] = registers_of_partial(scores, apart);
+            i32(&partial)[PANEL_WORDS] = scores[0];
             wgmma_fence();
             multiply_pv(partial, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
             wgmma_commit();
@@ -347,11 +348,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             i32 last[2];
             float tile_sum[2], top[2], logits[64];
             if constexpr (is_masked) last_columns(last, tile);
+            scores_to_float(logits, scores);
             if constexpr (RUNNING_MAX) {
-                largest_scores<is_masked>(top, scores, last);
+                largest_scores<is_masked>(top, logits, last);
                 raise({true, true}, top);
             }
-            scores_to_float(logits, scores);
             exponentials<is_masked, false>(p, tile_sum, logits, multiplier, rows.reference, last);
             if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > SAFE_SUM)) {
                 if constexpr (!RUNNING_MAX) {
@@ -390,9 +391,10 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             issue_qk();
             finish_qk();
             i32 last[2];
-            float top[2];
+            float top[2], logits[64];
             last_columns(last, 0);
-            largest_scores<true>(top, scores, last);
+            scores_to_float(logits, scores);
+            largest_scores<true>(top, logits, last);
             raise({true, true}, top);
         }
         int tile = 0;
