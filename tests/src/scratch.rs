@@ -2,6 +2,8 @@
 //! the scales to their formulas, the codes to rounding given the tier's own mean and scale. This reads
 //! the definitions once more, independently of the oracle's code.
 
+use sageattn_core::reference::faithful::KernelCodes;
+use sageattn_core::reference::quantize::Codes;
 use sageattn_core::scratch::{ScratchRange, ScratchType};
 use sageattn_core::{Description, Grouping, Groups, Problem, QkQuant, Smooth, SmoothQ};
 
@@ -19,8 +21,8 @@ pub struct Compared {
     pub codes: usize,
 }
 
-/// Checks every range it knows: `k_mean`, `q_codes`, `q_scales`, `k_codes`, `k_scales`. A plan without
-/// them has nothing to check.
+/// Checks every range it knows: `k_mean`, `q_codes`, `q_scales`, `k_codes`, `k_scales`, and returns what
+/// they hold. A plan without them has nothing to check.
 ///
 /// # Errors
 /// The first violation, with its place.
@@ -29,10 +31,10 @@ pub fn check(
     problem: &Problem,
     [q, k, _]: [&[f32]; 3],
     bytes: &[u8],
-) -> Result<Compared, String> {
+) -> Result<(Compared, KernelCodes), String> {
     let shape = problem.shape();
     let (grouping, largest, smooth_q) = match description.recipe.qk {
-        QkQuant::None => return Ok(Compared::default()),
+        QkQuant::None => return Ok(Default::default()),
         QkQuant::Int8(grouping) => (grouping, 127.0, SmoothQ::Off),
         QkQuant::Int4(grouping, smooth_q) => (grouping, 7.0, smooth_q),
     };
@@ -67,7 +69,15 @@ pub fn check(
         groups: Grouping::k(grouping),
         largest,
     };
-    let mut compared = k.check(find("k_codes"), find("k_scales"), bytes)?;
+    let mut compared = Compared::default();
+    let mut kernel = KernelCodes {
+        k: k.check(find("k_codes"), find("k_scales"), bytes, &mut compared)?,
+        ..KernelCodes::default()
+    };
+    if kernel.k.is_some() {
+        let means = mean.chunks_exact(shape.head_dim);
+        kernel.k_means = Some(means.map(<[f32]>::to_vec).collect());
+    }
     // The means of smoothed Q are no named range, so its codes cannot be recomputed from scratch.
     if smooth_q == SmoothQ::Off {
         let q = Side {
@@ -79,11 +89,9 @@ pub fn check(
             groups: Grouping::q(grouping),
             largest,
         };
-        let of_q = q.check(find("q_codes"), find("q_scales"), bytes)?;
-        compared.near_ties += of_q.near_ties;
-        compared.codes += of_q.codes;
+        kernel.q = q.check(find("q_codes"), find("q_scales"), bytes, &mut compared)?;
     }
-    Ok(compared)
+    Ok((compared, kernel))
 }
 
 /// Q or K as it was quantized.
@@ -103,9 +111,10 @@ impl Side<'_> {
         codes: Option<&ScratchRange>,
         scales: Option<&ScratchRange>,
         bytes: &[u8],
-    ) -> Result<Compared, String> {
+        total: &mut Compared,
+    ) -> Result<Option<Vec<Codes>>, String> {
         let (codes, scales) = match (codes, scales) {
-            (None, None) => return Ok(Compared::default()),
+            (None, None) => return Ok(None),
             (Some(codes), Some(scales)) => (codes, scales),
             _ => return Err(format!("{}: codes and scales come together", self.name)),
         };
@@ -113,7 +122,9 @@ impl Side<'_> {
         let scales = floats(scales, bytes, self.heads, count)?;
         let rows_stored = self.rows_stored(codes)?;
         let mut compared = Compared::default();
+        let mut stored_codes = Vec::with_capacity(self.heads);
         for head in 0..self.heads {
+            let mut codes_of_head = Vec::with_capacity(self.len * self.dim);
             let scales = &scales[head * count..][..count];
             let amax = self.amax(head, count);
             self.check_scales(head, scales, &amax)?;
@@ -122,6 +133,7 @@ impl Side<'_> {
                 let values = &self.rows[(head * self.len + row) * self.dim..][..self.dim];
                 let start = (head * rows_stored.0 + row) * rows_stored.1;
                 let stored = &bytes[to_usize(codes.offset) + start..][..self.dim];
+                codes_of_head.extend(stored.iter().map(|code| code.cast_signed()));
                 for (channel, (&x, &code)) in values.iter().zip(stored).enumerate() {
                     let zero = amax[group] < ZERO_AMAX;
                     let verdict = judge(x, scales[group], zero, self.largest, code.cast_signed());
@@ -134,6 +146,10 @@ impl Side<'_> {
                     compared.codes += 1;
                 }
             }
+            stored_codes.push(Codes {
+                codes: codes_of_head,
+                scales: scales.to_vec(),
+            });
         }
         // A code in a thousand lies that near a tie by chance.
         if compared.near_ties > compared.codes / 100 + 2 {
@@ -142,7 +158,9 @@ impl Side<'_> {
                 self.name
             ));
         }
-        Ok(compared)
+        total.near_ties += compared.near_ties;
+        total.codes += compared.codes;
+        Ok(Some(stored_codes))
     }
 
     /// Rows per head and bytes per row in storage, padding included.

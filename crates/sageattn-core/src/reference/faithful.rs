@@ -20,7 +20,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::exact::dot;
-use super::quantize::{self, VOperand};
+use super::quantize::{self, Codes, VOperand};
 use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
 use crate::{
     Divisor, HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Reference, Rounding,
@@ -55,6 +55,18 @@ pub struct Prepared<'a> {
     keys: Vec<Operand>,
     /// Per (batch, KV head).
     values: Vec<VOperand>,
+}
+
+/// What a kernel made of Q and K, for [`Prepared::adopt`]. What a kernel does not show stays the
+/// oracle's.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KernelCodes {
+    /// Q's codes and scales, per (batch, query head).
+    pub q: Option<Vec<Codes>>,
+    /// K's codes and scales, per (batch, KV head).
+    pub k: Option<Vec<Codes>>,
+    /// What was subtracted from the keys, per (batch, KV head).
+    pub k_means: Option<Vec<Vec<f32>>>,
 }
 
 /// Q or K of one head: what is left after subtracting the mean, and its codes.
@@ -92,6 +104,20 @@ impl<'a> Prepared<'a> {
         prepared.keys = k_rows.map(|rows| prepared.key_operand(rows)).collect();
         prepared.values = v_rows.map(|rows| prepared.value_operand(rows)).collect();
         prepared
+    }
+
+    /// Goes on from a kernel's codes instead of the oracle's. A code at a tie may differ between them
+    /// and moves a whole row's scores; with this, attention is compared apart from quantization.
+    pub fn adopt(&mut self, kernel: KernelCodes) {
+        let means = kernel.k_means.into_iter().flatten();
+        for (operand, means) in self.keys.iter_mut().zip(means) {
+            operand.means = means;
+        }
+        let q = self.queries.iter_mut().zip(kernel.q.into_iter().flatten());
+        let k = self.keys.iter_mut().zip(kernel.k.into_iter().flatten());
+        for (operand, codes) in q.chain(k) {
+            operand.take(codes);
+        }
     }
 
     fn is_exact(&self) -> bool {
@@ -231,12 +257,18 @@ impl Operand {
         largest_code: f32,
     ) -> Self {
         let quantized = quantize::integer_codes(&rows, head_dim, groups, largest_code);
-        Self {
-            codes: quantized.codes.into_iter().map(i16::from).collect(),
-            scales: quantized.scales,
+        let mut operand = Self {
             rows,
             means,
-        }
+            ..Self::default()
+        };
+        operand.take(quantized);
+        operand
+    }
+
+    fn take(&mut self, quantized: Codes) {
+        self.codes = quantized.codes.into_iter().map(i16::from).collect();
+        self.scales = quantized.scales;
     }
 
     fn row(&self, row: usize, head_dim: usize) -> &[f32] {
