@@ -338,9 +338,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         };
         const auto raise = [&](const bool (&must)[2], const float (&top)[2]) {
             raise_reference(shrink, rows, must, top, multiplier);
-            if constexpr (RUNNING_MAX) return;
+            // With a running maximum, each tile's P V shrinks O as it is added.
+            if constexpr (!RUNNING_MAX) {
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
+                for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
+            }
         };
         // P, with the reference that the rows have, or with a higher one where that might saturate.
         const auto softmax = [&](auto masked, u32 (&p)[16], int tile) {

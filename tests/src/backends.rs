@@ -1,11 +1,8 @@
-//! Every backend the suite runs on: all that the face crate finds, and those it does not have yet.
+//! Every backend the suite runs on: all that the face crate finds.
 
 use std::collections::BTreeMap;
 
 use sageattn::Device;
-
-/// Backends that are planned: asking for one is answered, and nobody believes it was tested.
-const NOT_IN_THIS_VERSION: [&str; 1] = ["cuda"];
 
 /// A backend with a device behind it.
 #[derive(Clone, Debug)]
@@ -50,14 +47,7 @@ pub fn all() -> (Vec<Found>, Vec<Absent>) {
         name: refusal.backend,
         reason: refusal.error.to_string(),
     });
-    let planned = NOT_IN_THIS_VERSION
-        .into_iter()
-        .filter(|name| !Device::BACKENDS.contains(name))
-        .map(|name| Absent {
-            name,
-            reason: format!("no {} device: not in this version", name.to_uppercase()),
-        });
-    (found, refused.chain(planned).collect())
+    (found, refused.collect())
 }
 
 #[cfg(test)]
@@ -68,7 +58,7 @@ mod tests {
     fn every_backend_is_found_or_absent_with_a_reason() {
         let (found, absent) = all();
         assert!(found.iter().any(|found| found.label == "cpu"));
-        for name in Device::BACKENDS.iter().chain(&NOT_IN_THIS_VERSION) {
+        for name in Device::BACKENDS {
             let found = found.iter().any(|found| found.device.name() == *name);
             let absent = absent.iter().any(|absent| absent.name == *name);
             assert!(found != absent, "{name}");

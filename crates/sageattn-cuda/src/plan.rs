@@ -22,10 +22,6 @@ use crate::variant::{Attend, Prepare, Variant, WIDTHS};
 /// Blocks of one launch that CUDA allows in the x dimension.
 const MAX_GRID: u64 = (1 << 31) - 1;
 
-/// Off: the reference that moves only when it must is faster, and its error is within the recipe's
-/// bound.
-const RUNNING_MAX: bool = false;
-
 /// Channels that a thread loads together.
 const OCTET: u32 = 8;
 
@@ -36,6 +32,8 @@ pub(crate) struct Machine {
     pub(crate) multiprocessors: u32,
     /// A kernel may start before the one ahead of it has ended, also in graphs.
     pub(crate) overlap: bool,
+    /// Row maxima may go stale: the caller has asked for speed before the last percents of accuracy.
+    pub(crate) lazy_maximum: bool,
 }
 
 /// The kernels for one problem and the numbers that their launches follow from.
@@ -135,7 +133,7 @@ pub(crate) fn choose(
             causal,
             lse: problem.outputs() == Outputs::OAndLse,
             cut,
-            running_max: RUNNING_MAX,
+            running_max: !machine.lazy_maximum,
             consumers,
             stages,
         },
@@ -207,16 +205,17 @@ pub fn variants() -> Vec<Variant> {
         }
         let (consumers, stages) = tile(width);
         for (causal, lse) in [(false, false), (false, true), (true, false), (true, true)] {
-            variants.push(Variant::Attend(Attend {
+            let attend = |running_max| Attend {
                 width,
                 dtype,
                 causal,
                 lse,
                 cut,
-                running_max: RUNNING_MAX,
+                running_max,
                 consumers,
                 stages,
-            }));
+            };
+            variants.extend([true, false].map(|maximum| Variant::Attend(attend(maximum))));
         }
     }
     variants

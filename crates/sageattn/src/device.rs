@@ -196,6 +196,17 @@ struct Tier {
 
 /// In order of preference.
 const TIERS: &[Tier] = &[
+    #[cfg(feature = "cuda")]
+    Tier {
+        name: "cuda",
+        best: || {
+            let mut devices = sageattn_cuda::Cuda::all()?.into_iter();
+            // `all` is an error when there is none.
+            let first = devices.next().map(Device::new);
+            first.ok_or_else(|| Error::invalid("backend", "no CUDA device"))
+        },
+        all: every_cuda_device,
+    },
     #[cfg(feature = "wgpu")]
     Tier {
         name: "wgpu",
@@ -208,6 +219,17 @@ const TIERS: &[Tier] = &[
         all: || vec![Ok(Device::new(Cpu::new()))],
     },
 ];
+
+#[cfg(feature = "cuda")]
+fn every_cuda_device() -> Vec<Result<Device, Error>> {
+    match sageattn_cuda::Cuda::devices() {
+        Ok(devices) => devices
+            .into_iter()
+            .map(|cuda| cuda.map(Device::new))
+            .collect(),
+        Err(error) => vec![Err(error)],
+    }
+}
 
 #[cfg(feature = "wgpu")]
 fn every_adapter() -> Vec<Result<Device, Error>> {
@@ -222,18 +244,11 @@ fn every_adapter() -> Vec<Result<Device, Error>> {
     adapters.iter().map(open).collect()
 }
 
-/// Backends that are planned, so that asking for one is not answered like a typing error.
-const NOT_YET: &[&str] = &["cuda"];
-
 fn tier(backend: &str) -> Result<&'static Tier, Error> {
     let found = TIERS.iter().find(|tier| tier.name == backend);
     found.ok_or_else(|| {
         let known = Device::BACKENDS.join(", ");
-        let reason = if NOT_YET.contains(&backend) {
-            format!("{backend} is not in this version; it has {known}")
-        } else {
-            format!("unknown name {backend:?}; this version has {known}")
-        };
+        let reason = format!("unknown name {backend:?}; this version has {known}");
         Error::invalid("backend", reason)
     })
 }
@@ -261,8 +276,6 @@ mod tests {
 
     #[test]
     fn names_that_are_not_there_say_what_is() {
-        let error = Device::open("cuda").unwrap_err().to_string();
-        assert!(error.contains("not in this version"), "{error}");
         let error = Device::open("wgqu").unwrap_err().to_string();
         assert!(
             error.contains("\"wgqu\"") && error.contains("cpu"),

@@ -101,12 +101,13 @@
 //! - Where tensors lie: [`Layout`], [`TensorView`], [`Buffer`], [`Io`]; in host memory: [`HostTensor`],
 //!   [`Staged`], [`attend_host`].
 //! - Who computes it: [`Device`], [`Backend`], [`Plan`], [`choose`]; on the application's own GPU device,
-//!   buffers and command encoder: `wgpu_backend`.
+//!   buffers, stream or command encoder: `cuda_backend`, `wgpu_backend`.
 //! - How well: [`metrics`], and [`mod@reference`] for the two oracles.
 //! - What can go wrong: [`Error`].
 //!
 //! # Features
 //!
+//! - `cuda` (on by default): NVIDIA's tensor cores; needs no CUDA toolkit, neither to build nor to run.
 //! - `wgpu` (on by default): the portable GPU tier.
 //!
 //! A feature leaves a backend out; none changes what the others do. The CPU backend is always there.
@@ -115,6 +116,9 @@ mod device;
 
 pub use device::{Device, Refusal, Survey};
 pub use sageattn_core::*;
+/// The CUDA tier: for applications that have a stream and device memory of their own.
+#[cfg(feature = "cuda")]
+pub use sageattn_cuda as cuda_backend;
 /// The portable GPU tier: for applications that have a wgpu device, buffers and encoders of their own.
 #[cfg(feature = "wgpu")]
 pub use sageattn_wgpu as wgpu_backend;

@@ -211,10 +211,6 @@ fn names_that_are_unknown() {
         &["backend", "\"tpu\"", "cpu"],
     );
     refused(
-        &run(file, &["--backend", "cuda"]),
-        &["cuda is not in this version"],
-    );
-    refused(
         &run(file, &["--mask", "causal"]),
         &["mask", "causal-top-left", "causal-bottom-right"],
     );

@@ -8,6 +8,7 @@ use super::*;
 const H100: Machine = Machine {
     multiprocessors: 132,
     overlap: true,
+    lazy_maximum: false,
 };
 
 fn shape() -> Shape {

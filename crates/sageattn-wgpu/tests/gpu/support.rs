@@ -115,7 +115,9 @@ pub(crate) fn check(
         .zip(expected.lse.iter().flatten())
         .enumerate()
     {
-        let close = (got - expected).abs() <= 1e-4 * expected.abs().max(1.0);
+        // A code on the other side of a tie moves a whole row's scores by one step of one channel. The
+        // conformance suite holds LSE to 1e-4 on the kernel's own codes.
+        let close = (got - expected).abs() <= 5e-3 * expected.abs().max(1.0);
         if !close && got != expected {
             return Err(format!("{title}: LSE of row {row} is {got}, not {expected}").into());
         }
