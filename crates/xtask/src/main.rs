@@ -8,6 +8,7 @@
 
 mod accuracy;
 mod command;
+mod nvrtc;
 mod test;
 mod vulkan;
 

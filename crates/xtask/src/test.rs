@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::command::{cargo, run};
-use crate::vulkan;
+use crate::{nvrtc, vulkan};
 
 /// Sets up and runs the steps in order; stops at the first that fails, and names it.
 pub(crate) fn test() -> Result<()> {
@@ -28,9 +28,10 @@ pub(crate) fn test() -> Result<()> {
 
 type Step = fn() -> Result<()>;
 
-const STEPS: [(&str, Step); 8] = [
+const STEPS: [(&str, Step); 9] = [
     ("format", || run(cargo().args(["fmt", "--all", "--check"]))),
     ("vulkan driver", || vulkan::set_up(requires("wgpu"))),
+    ("cuda compiler", || nvrtc::set_up(requires("nvrtc"))),
     ("lints", || {
         run(cargo()
             .args(["clippy", "--workspace", "--all-targets"])
@@ -48,7 +49,11 @@ const STEPS: [(&str, Step); 8] = [
             .env("RUSTDOCFLAGS", "--deny warnings"))
     }),
     ("tests", || {
-        run(cargo().args(["test", "--workspace", "--lib", "--bins", "--tests"]))
+        let mut tests = cargo();
+        if let Some(library) = nvrtc::for_tests() {
+            tests.env(nvrtc::VARIABLE, library);
+        }
+        run(tests.args(["test", "--workspace", "--lib", "--bins", "--tests"]))
     }),
     ("documentation tests", || {
         run(cargo().args(["test", "--workspace", "--doc"]))
