@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sageattn_core::{Buffer, Error};
 
-/// A caller's `wgpu::Buffer` as a tensor's memory, made by [`Wgpu::wrap`]. Nothing is copied.
+/// A caller's `wgpu::Buffer` as a tensor's memory, made by [`Wgpu::wrap`](crate::Wgpu::wrap). Nothing is copied.
 #[derive(Clone, Debug)]
 pub struct WgpuBuffer {
     pub(crate) owner: Owner,
