@@ -39,7 +39,7 @@ fn sizes_follow_from_the_problem() {
     // 1000 rows in blocks of 192, for 16 heads.
     assert_eq!((choice.row_blocks, choice.works), (6, 96));
     let name = Variant::Attend(choice.attend).name();
-    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_c3s5");
+    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_max_c3s5");
 }
 
 #[test]
@@ -114,12 +114,18 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                         );
                         let problem = problem.unwrap().with_mask(mask).with_outputs(outputs);
                         let recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
-                        let choice = chosen(&problem, &recipe);
-                        met.extend([
-                            Variant::Statistics(choice.prepare),
-                            Variant::Encode(choice.prepare),
-                            Variant::Attend(choice.attend),
-                        ]);
+                        for lazy_maximum in [false, true] {
+                            let machine = Machine {
+                                lazy_maximum,
+                                ..H100
+                            };
+                            let choice = choose(&problem, &recipe, machine).unwrap();
+                            met.extend([
+                                Variant::Statistics(choice.prepare),
+                                Variant::Encode(choice.prepare),
+                                Variant::Attend(choice.attend),
+                            ]);
+                        }
                     }
                 }
             }
