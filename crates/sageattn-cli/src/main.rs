@@ -41,9 +41,22 @@ fn main() -> ExitCode {
         }),
     };
     result.unwrap_or_else(|error| {
-        terminal::complain(&format!("{error:#}"));
+        terminal::complain(&in_one_line(&error));
         ExitCode::from(DID_NOT_RUN)
     })
+}
+
+/// An error and its causes, each told once: the library's own errors tell their cause themselves.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.ends_with(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
 }
 
 /// Logs to stderr as `RUST_LOG` says. Without it only this library's own errors are let through:
@@ -56,4 +69,21 @@ fn start_log() {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let device = sageattn::Error::device("no CUDA device", "libcuda.so.1 not found");
+        let error = anyhow::Error::new(device);
+        assert_eq!(
+            in_one_line(&error),
+            "no CUDA device: libcuda.so.1 not found"
+        );
+        let error = anyhow::anyhow!("truncated").context("a.safetensors");
+        assert_eq!(in_one_line(&error), "a.safetensors: truncated");
+    }
 }
