@@ -6,10 +6,11 @@
 // Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
 //           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits).
 // Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
-//           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles from the last to the
-//           first, so that the masked ones come first and the loop after them has no mask.
-// Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j - 1} as one block of GEMMs and passes on, so that while
+//           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles in order, the masked
+//           ones last, in a loop of their own.
+// Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
+//           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
 // Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers | works
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
