@@ -133,7 +133,7 @@ impl Cuda {
     }
 
     /// Lets row maxima go stale until P is about to leave e4m3's range: softmax stays exact, P is
-    /// rounded at another scale. On an H200 that takes 13 to 20 % off the attention kernel's time and adds 3
+    /// rounded at another scale. On an H200 that takes 13 to 21 % off the attention kernel's time and adds 2
     /// to 5 % to the recipe's error (`docs/results/h200.md`), which is then above the bound that the
     /// conformance suite holds the recipe to on two of its four files. Off unless asked for.
     #[must_use]
