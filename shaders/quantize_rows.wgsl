@@ -1,6 +1,7 @@
 // Quantizes the rows of Q or K to signed 8-bit codes.
 //
-// tensor [batch, heads, len, head_dim] -> data: codes [pair, padded_len, QK_DIM], four per word
+// tensor [batch, heads, len, head_dim] -> data: codes [pair, padded_len, QK_DIM], four per word as bytes
+//                                         or two per word as f16 (CODES_F16)
 //                                         floats: scales [pair, groups]
 // K (SUBTRACT_MEAN): the channel means of its head are subtracted first, in f32.
 // Q (LSE_BIAS): softmax_scale * (q . mean of its KV head), unquantized, goes to lse_bias [pair, len].
@@ -13,6 +14,8 @@
 @group(0) @binding(1) var<storage, read> tensor: array<u32>;
 @group(0) @binding(2) var<storage, read_write> data: array<u32>;
 @group(0) @binding(3) var<storage, read_write> floats: array<f32>;
+
+const CODES_PER_WORD: u32 = select(4u, 2u, CODES_F16);
 
 // Bits of non-negative floats order as the floats do.
 var<workgroup> largest: array<atomic<u32>, SLOTS>;
@@ -78,14 +81,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let row = block * BLOCK + pass_row + row_lane;
         if (row < params.padded_len) {
             let start = row_start(params.view, batch, head, row);
-            let codes_at = params.data + (pair * params.padded_len + row) * (QK_DIM / 4u);
+            let codes_at = params.data + (pair * params.padded_len + row) * (QK_DIM / CODES_PER_WORD);
             for (var quad = quad_lane; quad < QK_DIM / 4u; quad += 16u) {
-                var word = 0u;
+                var code = vec4<i32>();
                 if (row < params.len && quad < QUADS) {
                     // The mean of a padding channel is zero, and so is its code.
-                    word = pack_codes(codes(load_smoothed(start, pair, quad), inverse));
+                    code = codes(load_smoothed(start, pair, quad), inverse);
                 }
-                data[codes_at + quad] = word;
+                if (CODES_F16) {
+                    let x = vec4<f32>(code);
+                    data[codes_at + 2u * quad] = pack_halves(x.x, x.y);
+                    data[codes_at + 2u * quad + 1u] = pack_halves(x.z, x.w);
+                } else {
+                    data[codes_at + quad] = pack_codes(code);
+                }
             }
         }
         if (LSE_BIAS) {

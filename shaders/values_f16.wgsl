@@ -11,13 +11,6 @@
 @group(0) @binding(2) var<storage, read_write> data: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read_write> floats: array<f32>;
 
-fn inverse_factor(pair: u32, channel: u32) -> f32 {
-    if (!RANGED || channel >= HEAD_DIM) {
-        return 1.0;
-    }
-    return 1.0 / floats[params.scales + pair * HEAD_DIM + channel];
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = params.first_block + group.x;
@@ -38,13 +31,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             b = load_quad(row_start(params.view, batch, head, key + 16u), quad);
         }
         if (RANGED) {
-            let c = 4u * quad;
-            let inverse = vec4<f32>(
-                inverse_factor(pair, c),
-                inverse_factor(pair, c + 1u),
-                inverse_factor(pair, c + 2u),
-                inverse_factor(pair, c + 3u),
-            );
+            let inverse = inverse_factors(pair, quad);
             a *= inverse;
             b *= inverse;
         }

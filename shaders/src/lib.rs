@@ -14,8 +14,10 @@
 //! ```
 
 pub mod abi;
+mod attend;
 mod variant;
 
+pub use attend::*;
 pub use variant::*;
 
 /// The parameter blocks, as the kernels declare them.
@@ -63,10 +65,12 @@ const CODES: Part = part!("lib/codes.wgsl");
 const DOT: Part = part!("lib/dot.wgsl");
 const PV_F16: Part = part!("lib/pv_f16.wgsl");
 const PV_I8: Part = part!("lib/pv_i8.wgsl");
+const RANGE: Part = part!("lib/range.wgsl");
 const CHANNELS: Part = part!("channels.wgsl");
 const CHANNELS_FINISH: Part = part!("channels_finish.wgsl");
 const QUANTIZE_ROWS: Part = part!("quantize_rows.wgsl");
 const VALUES_F16: Part = part!("values_f16.wgsl");
+const VALUES_ROWS: Part = part!("values_rows.wgsl");
 const VALUES_I8: Part = part!("values_i8.wgsl");
 const ATTEND: Part = part!("attend.wgsl");
 const SELF_TEST: Part = part!("self_test.wgsl");

@@ -63,10 +63,9 @@ fn workgroup_memory_is_what_the_tile_says() {
             .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
             .map(|(_, v)| layouter[v.ty].size)
             .sum();
-        let expected = attend.tile.workgroup_bytes(attend.pv);
-        assert_eq!(declared, expected, "{}", kernel.name);
+        assert_eq!(declared, attend.workgroup_bytes(), "{}", kernel.name);
         let size = module.entry_points[0].workgroup_size;
-        assert_eq!(size, [attend.tile.invocations(), 1, 1], "{}", kernel.name);
+        assert_eq!(size, [attend.invocations(), 1, 1], "{}", kernel.name);
     }
 }
 

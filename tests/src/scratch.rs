@@ -2,6 +2,7 @@
 //! the scales to their formulas, the codes to rounding given the tier's own mean and scale. This reads
 //! the definitions once more, independently of the oracle's code.
 
+use half::f16;
 use sageattn_core::reference::faithful::KernelCodes;
 use sageattn_core::reference::quantize::Codes;
 use sageattn_core::scratch::{ScratchRange, ScratchType};
@@ -132,14 +133,13 @@ impl Side<'_> {
                 let group = self.groups.of(row);
                 let values = &self.rows[(head * self.len + row) * self.dim..][..self.dim];
                 let start = (head * rows_stored.0 + row) * rows_stored.1;
-                let stored = &bytes[to_usize(codes.offset) + start..][..self.dim];
-                codes_of_head.extend(stored.iter().map(|code| code.cast_signed()));
-                for (channel, (&x, &code)) in values.iter().zip(stored).enumerate() {
+                let stored = stored_codes_at(codes, bytes, start, self.dim)?;
+                codes_of_head.extend_from_slice(&stored);
+                for (channel, (&x, &code)) in values.iter().zip(&stored).enumerate() {
                     let zero = amax[group] < ZERO_AMAX;
-                    let verdict = judge(x, scales[group], zero, self.largest, code.cast_signed());
+                    let verdict = judge(x, scales[group], zero, self.largest, code);
                     let near_tie = verdict.map_err(|expected| {
                         let name = self.name;
-                        let code = code.cast_signed();
                         format!("{name}_codes: head {head}, row {row}, channel {channel} is {code}, not {expected} ({x} / {})", scales[group])
                     })?;
                     compared.near_ties += usize::from(near_tie);
@@ -163,14 +163,19 @@ impl Side<'_> {
         Ok(Some(stored_codes))
     }
 
-    /// Rows per head and bytes per row in storage, padding included.
+    /// Rows per head and codes per row in storage, padding included.
     fn rows_stored(&self, range: &ScratchRange) -> Result<(usize, usize), String> {
         let [.., rows, dim] = range.shape[..] else {
             return Err(format!("{}: codes without rows", range.name));
         };
         let (rows, dim) = (to_usize(rows), to_usize(dim));
-        let whole = range.kind == ScratchType::I8 && rows >= self.len && dim >= self.dim;
-        if !whole || to_usize(range.bytes) != self.heads * rows * dim {
+        let size = match range.kind {
+            ScratchType::I8 => 1,
+            ScratchType::F16 => 2,
+            ScratchType::F32 | ScratchType::Bytes => 0,
+        };
+        let whole = size > 0 && rows >= self.len && dim >= self.dim;
+        if !whole || to_usize(range.bytes) != size * self.heads * rows * dim {
             return Err(format!(
                 "{}: {range:?} is not [.., heads, rows, head_dim] of {} x {} x {}",
                 range.name, self.heads, self.len, self.dim
@@ -208,6 +213,29 @@ impl Side<'_> {
         }
         Ok(())
     }
+}
+
+/// `count` codes of a range of 8-bit codes, or of whole numbers in f16, from code `start` on.
+fn stored_codes_at(
+    range: &ScratchRange,
+    bytes: &[u8],
+    start: usize,
+    count: usize,
+) -> Result<Vec<i8>, String> {
+    let bytes = &bytes[to_usize(range.offset)..];
+    if range.kind != ScratchType::F16 {
+        let stored = bytes[start..][..count].iter();
+        return Ok(stored.map(|code| code.cast_signed()).collect());
+    }
+    let halves = &bytes.as_chunks().0[start..][..count];
+    let stored = halves.iter().map(|&half| {
+        let x = f16::from_le_bytes(half).to_f32();
+        let fits = x.fract() == 0.0 && x.abs() <= 127.0;
+        let not_a_code = || format!("{}: {x} is no code", range.name);
+        #[allow(clippy::cast_possible_truncation, reason = "it was just compared")]
+        fits.then_some(x as i8).ok_or_else(not_a_code)
+    });
+    stored.collect()
 }
 
 /// Whether a code is the rounded quotient (`Ok(false)`), its neighbour near a tie (`Ok(true)`), or
@@ -313,6 +341,26 @@ mod tests {
         assert_eq!(judge(127.4999, 1.0, false, 127.0, -128), Err(127.0));
         assert_eq!(judge(-127.5, 1.0, false, 127.0, -128), Err(-127.0));
         assert_eq!(judge(1e-31, 1.0, true, 127.0, 0), Ok(false));
+    }
+
+    #[test]
+    fn codes_in_f16_are_whole_numbers() {
+        let range = ScratchRange {
+            name: "q_codes",
+            kind: ScratchType::F16,
+            shape: vec![1, 1, 1, 3],
+            offset: 2,
+            bytes: 6,
+        };
+        let bytes = |codes: [f32; 3]| {
+            let halves = codes.map(|x| f16::from_f32(x).to_le_bytes());
+            [&[0, 0], halves.as_flattened()].concat()
+        };
+        let read = |codes| stored_codes_at(&range, &bytes(codes), 0, 3);
+        assert_eq!(read([-127.0, 0.0, 5.0]), Ok(vec![-127, 0, 5]));
+        assert!(read([0.0, 0.5, 0.0]).is_err());
+        assert!(read([128.0, 0.0, 0.0]).is_err());
+        assert!(read([0.0, 0.0, f32::NAN]).is_err());
     }
 
     #[test]

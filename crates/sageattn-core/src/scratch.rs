@@ -10,6 +10,8 @@ pub enum ScratchType {
     F32,
     /// 8-bit codes, one per byte.
     I8,
+    /// 16-bit floats; as codes, whole numbers.
+    F16,
     /// Anything else; only its extent is of interest.
     Bytes,
 }
@@ -52,6 +54,7 @@ impl Scratch {
     pub fn push(&mut self, name: &'static str, kind: ScratchType, shape: &[u64]) -> ScratchRange {
         let size = match kind {
             ScratchType::F32 => 4,
+            ScratchType::F16 => 2,
             ScratchType::I8 | ScratchType::Bytes => 1,
         };
         let bytes = shape.iter().fold(size, |n: u64, &d| n.saturating_mul(d));

@@ -11,6 +11,7 @@ use sageattn_shaders::Native;
 use crate::buffer::{Owner, WgpuBuffer, check_copy};
 use crate::pipeline::Pipelines;
 use crate::plan::{self, WgpuPlan};
+use crate::tier::{Facts, Request, Tier};
 
 /// A wgpu device as a backend. Cloning it gives another handle to the same device and kernels.
 #[derive(Clone)]
@@ -23,7 +24,9 @@ pub(crate) struct Context {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     owner: Owner,
-    pub(crate) limits: wgpu::Limits,
+    pub(crate) facts: Facts,
+    /// The tier that every plan must take, if the caller said so.
+    forced: Option<Tier>,
     pub(crate) info: wgpu::AdapterInfo,
     pub(crate) native: Native,
     pub(crate) pipelines: Pipelines,
@@ -36,10 +39,43 @@ pub(crate) struct Context {
     lost: Arc<Mutex<Option<String>>>,
 }
 
-/// The features that this crate makes use of where an adapter has them. None is needed: timestamp
-/// queries let [`Plan::profile`] measure on the device.
+/// The features that this crate makes use of where an adapter has them. None is needed:
+///
+/// | feature | for |
+/// |---|---|
+/// | `TIMESTAMP_QUERY` | [`Plan::profile`] on the device's own clock |
+/// | `EXPERIMENTAL_COOPERATIVE_MATRIX`, `SHADER_F16` | matrix cores |
+/// | `SUBGROUP`, `SUBGROUP_BARRIER` | the same |
+/// | `PASSTHROUGH_SHADERS` | matrix cores in 8-bit integers, on Vulkan |
+///
+/// wgpu opens a device with an experimental feature only if its descriptor says so:
+/// [`wanted_descriptor`] does.
 pub fn wanted_features(adapter: &wgpu::Adapter) -> wgpu::Features {
-    adapter.features() & wgpu::Features::TIMESTAMP_QUERY
+    use wgpu::Features;
+    adapter.features()
+        & (Features::TIMESTAMP_QUERY
+            | Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+            | Features::SHADER_F16
+            | Features::SUBGROUP
+            | Features::SUBGROUP_BARRIER
+            | Features::PASSTHROUGH_SHADERS)
+}
+
+/// What [`Wgpu::open`] asks an adapter for: [`wanted_features`], [`wanted_limits`], and leave to use the
+/// experimental ones of these features. Add to it what the rest of a program needs.
+pub fn wanted_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
+    wgpu::DeviceDescriptor {
+        label: Some("sageattn"),
+        required_features: wanted_features(adapter),
+        required_limits: wanted_limits(adapter),
+        // SAFETY: The one experimental feature asked for is cooperative matrices, whose dangers wgpu
+        // names as shapes that a device has not got and accesses out of bounds. The kernels that use
+        // them take shapes from the adapter's own list, run in whole subgroups under uniform control
+        // flow, and load and store inside padded ranges (`attend/matrix.rs`); each is compared with
+        // the CPU's result before its first use, and not used when it differs.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    }
 }
 
 /// The limits to ask an adapter for: wgpu's defaults, raised to what the adapter has wherever a larger
@@ -50,6 +86,8 @@ pub fn wanted_limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
         max_buffer_size: there.max_buffer_size,
         max_storage_buffer_binding_size: there.max_storage_buffer_binding_size,
         max_compute_workgroup_storage_size: there.max_compute_workgroup_storage_size,
+        max_compute_invocations_per_workgroup: there.max_compute_invocations_per_workgroup,
+        max_compute_workgroup_size_x: there.max_compute_workgroup_size_x,
         min_storage_buffer_offset_alignment: there.min_storage_buffer_offset_alignment,
         min_uniform_buffer_offset_alignment: there.min_uniform_buffer_offset_alignment,
         ..wgpu::Limits::default()
@@ -77,17 +115,12 @@ impl Wgpu {
         pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
     }
 
-    /// Opens a device on an adapter, with [`wanted_features`] and [`wanted_limits`].
+    /// Opens a device on an adapter, by [`wanted_descriptor`].
     ///
     /// # Errors
     /// [`Error::Device`] when the adapter gives no device or the self-test cannot run.
     pub fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
-        let request = adapter.request_device(&wgpu::DeviceDescriptor {
-            label: Some("sageattn"),
-            required_features: wanted_features(adapter),
-            required_limits: wanted_limits(adapter),
-            ..Default::default()
-        });
+        let request = adapter.request_device(&wanted_descriptor(adapter));
         let (device, queue) = pollster::block_on(request).map_err(|source| {
             Error::device(format!("opening {}", adapter.get_info().name), source)
         })?;
@@ -101,22 +134,37 @@ impl Wgpu {
             let text = format!("{reason:?}: {message}");
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
         });
-        Self::with_lost_slot(device, queue, lost)
+        Self::with_lost_slot(Some(adapter), device, queue, lost)
     }
 
     /// Works on the caller's device and queue. The device's error handlers stay the caller's; what this
     /// crate causes is caught in error scopes of its own.
     ///
     /// Create the device with [`wanted_limits`]: wgpu's defaults work, with smaller tiles and bindings
-    /// of at most 128 MiB.
+    /// of at most 128 MiB. Matrix cores need the adapter as well: see [`Wgpu::on`].
     ///
     /// # Errors
     /// [`Error::Device`] when the self-test cannot run.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self, Error> {
-        Self::with_lost_slot(device, queue, Arc::default())
+        Self::with_lost_slot(None, device, queue, Arc::default())
+    }
+
+    /// As [`Wgpu::new`], on a device of this adapter: only the adapter tells which shapes of matrices
+    /// its devices multiply. Create the device by [`wanted_descriptor`]; what it lacks of that is done
+    /// without.
+    ///
+    /// # Errors
+    /// As [`Wgpu::new`].
+    pub fn on(
+        adapter: &wgpu::Adapter,
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+    ) -> Result<Self, Error> {
+        Self::with_lost_slot(Some(adapter), device, queue, Arc::default())
     }
 
     fn with_lost_slot(
+        adapter: Option<&wgpu::Adapter>,
         device: wgpu::Device,
         queue: wgpu::Queue,
         lost: Arc<Mutex<Option<String>>>,
@@ -128,7 +176,16 @@ impl Wgpu {
             _ => 1 << 36,
         };
         let mut context = Context {
-            limits: device.limits(),
+            facts: Facts {
+                limits: device.limits(),
+                features: device.features(),
+                matrices: adapter
+                    .map(wgpu::Adapter::cooperative_matrix_properties)
+                    .unwrap_or_default(),
+                subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+                struck: Vec::new(),
+            },
+            forced: None,
             native: Native::ALL,
             pipelines: Pipelines::default(),
             broken: Vec::new(),
@@ -166,13 +223,37 @@ impl Wgpu {
         })
     }
 
+    /// The same device, on which every plan takes this tier: for comparisons, for tests, and for
+    /// results that stay the same whatever a later version prefers. A request that the tier does not
+    /// take is refused.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with what the device lacks for the tier.
+    pub fn with_tier(&self, tier: Tier) -> Result<Self, Error> {
+        let lacks = tier.lacks(&self.context.facts);
+        if !lacks.is_empty() {
+            let in_tier = |lack| format!("tier {tier}: {lack}");
+            let missing = lacks.into_iter().map(in_tier).collect();
+            return Err(self.context.unsupported(missing).into());
+        }
+        Ok(self.with(|context| context.forced = Some(tier)))
+    }
+
+    /// The tiers that this device has, in the order in which plans try them.
+    pub fn tiers(&self) -> Vec<Tier> {
+        let facts = &self.context.facts;
+        let there = Tier::ALL.iter().filter(|tier| tier.lacks(facts).is_empty());
+        there.copied().collect()
+    }
+
     fn with(&self, change: impl FnOnce(&mut Context)) -> Self {
         let old = &self.context;
         let mut context = Context {
             device: old.device.clone(),
             queue: old.queue.clone(),
             owner: old.owner.clone(),
-            limits: old.limits.clone(),
+            facts: old.facts.clone(),
+            forced: old.forced,
             info: old.info.clone(),
             native: old.native,
             pipelines: old.pipelines.clone(),
@@ -265,7 +346,7 @@ impl Backend for Wgpu {
 
     fn alloc(&self, bytes: u64) -> Result<Box<dyn Buffer>, Error> {
         let context = &self.context;
-        let limit = context.limits.max_buffer_size;
+        let limit = context.facts.limits.max_buffer_size;
         if bytes > limit {
             let missing = format!("a buffer of {bytes} bytes (its limit is {limit})");
             return Err(context.unsupported(vec![missing]).into());
@@ -311,6 +392,14 @@ fn instance() -> &'static wgpu::Instance {
 }
 
 impl Context {
+    /// The order in which tiers are tried for a request.
+    pub(crate) fn order(&self, _request: &Request) -> Vec<Tier> {
+        match self.forced {
+            Some(tier) => vec![tier],
+            None => Tier::ALL.to_vec(),
+        }
+    }
+
     /// The wgpu buffer behind a tensor of this device.
     pub(crate) fn own<'a>(
         &self,
@@ -342,7 +431,7 @@ impl Context {
 
     /// The largest binding: what the device says, within the 32 bits that kernels count bytes in.
     pub(crate) fn max_binding(&self) -> u64 {
-        let limit = self.limits.max_storage_buffer_binding_size;
+        let limit = self.facts.limits.max_storage_buffer_binding_size;
         limit.min(u64::from(u32::MAX)) & !3
     }
 

@@ -25,7 +25,8 @@
 //! | `device`, `buffer`, `self_test` | opening devices, wrapping buffers, what a device must prove |
 //! | `memory` | what lies where in the workspace, and which bytes a dispatch binds |
 //! | `pipeline` | kernels compiled once per device, and how they are recorded |
-//! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches |
+//! | `tier` | the ways to compute attention, and which one a call takes |
+//! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
 //! | `plan` | the sequence of the stages for one problem |
 //!
 //! The major version of wgpu is part of this crate's interface: use it through [`wgpu`].
@@ -38,8 +39,10 @@ mod pipeline;
 mod plan;
 mod quantize;
 mod self_test;
+mod tier;
 
 pub use buffer::WgpuBuffer;
-pub use device::{Wgpu, wanted_features, wanted_limits};
+pub use device::{Wgpu, wanted_descriptor, wanted_features, wanted_limits};
 pub use plan::WgpuPlan;
+pub use tier::Tier;
 pub use wgpu;

@@ -6,6 +6,7 @@
 
 use sageattn_core::scratch::{Scratch, ScratchRange, ScratchType};
 use sageattn_core::{Error, Io, LseView, Problem, Shape, TensorView};
+use sageattn_shaders::Codes;
 use sageattn_shaders::abi::View;
 
 use crate::device::Context;
@@ -18,6 +19,8 @@ pub(crate) const ROW_PADDING: usize = 128;
 #[derive(Clone, Debug)]
 pub(crate) struct Workspace {
     pub(crate) scratch: Scratch,
+    /// Bytes of a code of Q or K.
+    pub(crate) code_bytes: u32,
     pub(crate) q_codes: ScratchRange,
     pub(crate) k_codes: ScratchRange,
     pub(crate) values: ScratchRange,
@@ -36,6 +39,8 @@ pub(crate) struct Workspace {
 pub(crate) struct Extents {
     /// Channels of a row of codes.
     pub(crate) qk_dim: u32,
+    /// How a code is stored.
+    pub(crate) codes: Codes,
     /// Bytes of one head of V as laid out.
     pub(crate) value_bytes: u64,
     /// Scales of one head of Q and of K.
@@ -56,8 +61,12 @@ impl Workspace {
         let mut scratch = Scratch::default();
         let q_rows = padded(shape.q_len) as u64;
         let kv_rows = padded(shape.kv_len) as u64;
-        let q_codes = scratch.push("q_codes", ScratchType::I8, &[b, hq, q_rows, qk_dim]);
-        let k_codes = scratch.push("k_codes", ScratchType::I8, &[b, hkv, kv_rows, qk_dim]);
+        let code = match extents.codes {
+            Codes::I8 => ScratchType::I8,
+            Codes::F16 => ScratchType::F16,
+        };
+        let q_codes = scratch.push("q_codes", code, &[b, hq, q_rows, qk_dim]);
+        let k_codes = scratch.push("k_codes", code, &[b, hkv, kv_rows, qk_dim]);
         let values = scratch.push("values", ScratchType::Bytes, &[b, hkv, extents.value_bytes]);
         let floats = scratch.bytes();
         let mut push = |name, shape: &[u64]| scratch.push(name, ScratchType::F32, shape);
@@ -74,6 +83,7 @@ impl Workspace {
         });
         Self {
             scratch,
+            code_bytes: extents.codes.bytes(),
             q_codes,
             k_codes,
             values,
@@ -349,7 +359,7 @@ impl<'a> Binder<'a> {
 impl Context {
     /// Offset and size of the binding that holds the bytes from `start` to `end`.
     fn aligned(&self, start: u64, end: u64) -> (u64, u64) {
-        let align = u64::from(self.limits.min_storage_buffer_offset_alignment).max(4);
+        let align = u64::from(self.facts.limits.min_storage_buffer_offset_alignment).max(4);
         let offset = start / align * align;
         (offset, end.next_multiple_of(4) - offset)
     }
@@ -383,7 +393,8 @@ fn tensor_bytes(view: &TensorView<'_>, slice: &Slice, side: Side) -> (u64, u64) 
 }
 
 fn scratch_bytes(range: &ScratchRange, slice: &Slice, side: Side) -> (u64, u64) {
-    let per_pair: u64 = range.shape[2..].iter().product();
+    let pairs_stored = range.shape[0] * range.shape[1];
+    let per_pair = range.bytes / pairs_stored.max(1);
     let (first, pairs) = slice.pairs(side);
     let start = range.offset + first as u64 * per_pair;
     (start, start + pairs as u64 * per_pair)
@@ -426,6 +437,7 @@ mod tests {
     fn scratch_ranges_of_heads_start_where_they_can_be_bound() {
         let extents = Extents {
             qk_dim: 16,
+            codes: Codes::I8,
             value_bytes: 2 * 17 * 64 * 4,
             q_groups: 3,
             k_groups: 5,

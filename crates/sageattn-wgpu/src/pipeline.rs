@@ -87,9 +87,10 @@ fn storage_bindings(variant: &Variant) -> &'static [bool] {
     match variant {
         Variant::Channels(_) => &[READ, WRITE],
         Variant::ChannelsFinish { .. } | Variant::SelfTest => &[WRITE],
-        Variant::QuantizeRows(_) | Variant::ValuesF16(_) | Variant::ValuesI8(_) => {
-            &[READ, WRITE, WRITE]
-        }
+        Variant::QuantizeRows(_)
+        | Variant::ValuesF16(_)
+        | Variant::ValuesRows(_)
+        | Variant::ValuesI8(_) => &[READ, WRITE, WRITE],
         Variant::Attend(_) => &[WRITE; 6],
     }
 }
@@ -187,7 +188,11 @@ pub(crate) fn record(
     cache: Option<&ParamCache>,
     queries: Option<&wgpu::QuerySet>,
 ) -> Result<(), Error> {
-    let align = context.limits.min_uniform_buffer_offset_alignment.max(16) as usize;
+    let align = context
+        .facts
+        .limits
+        .min_uniform_buffer_offset_alignment
+        .max(16) as usize;
     let mut blocks = Vec::new();
     let mut offsets = Vec::new();
     for dispatch in steps.iter().flat_map(|step| &step.dispatches) {
@@ -298,7 +303,7 @@ pub(crate) fn cut(
     ops_per_block: u64,
     params: impl Fn(u32, u32) -> Vec<u8>,
 ) -> Vec<Dispatch> {
-    let side = u64::from(context.limits.max_compute_workgroups_per_dimension);
+    let side = u64::from(context.facts.limits.max_compute_workgroups_per_dimension);
     let [width, height] = cut_sizes(
         blocks,
         pairs,

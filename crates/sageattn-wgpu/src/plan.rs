@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use sageattn_core::{
     Buffer, Clock, Description, Error, Grouping, Io, Mask, Outputs, Plan, Problem, Profile,
-    PvQuant, QkQuant, Recipe, Rounding, Smooth, Unsupported,
+    PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
 };
-use sageattn_shaders::{ChannelOp, DType, KEY_TILE, Pv, RowGroups, Tile};
+use sageattn_shaders::{AttendVariant, ChannelOp, DType, KEY_TILE, Pv, RowGroups, Variant};
 
-use crate::attend;
 use crate::device::Context;
 use crate::memory::{Binder, Extents, Workspace, binding_need, index, padded};
 use crate::pipeline::{ParamCache, Step, record};
 use crate::quantize::{self, MAX_SAMPLES, shader_dtype};
+use crate::tier::{self, Request};
 
 /// Scores stay below 3e38 for |Q| and |K| up to 1e15 under any softmax scale up to this.
 const MAX_SOFTMAX_SCALE: f32 = 1e5;
@@ -23,18 +23,11 @@ const MAX_SOFTMAX_SCALE: f32 = 1e5;
 #[derive(Clone, Debug)]
 pub(crate) struct Kernels {
     pub(crate) recipe: Recipe,
-    pub(crate) dtype: DType,
-    pub(crate) head_dim: u32,
-    pub(crate) pv: Pv,
     grouping: Grouping,
-    pub(crate) q_groups: RowGroups,
-    pub(crate) k_groups: RowGroups,
-    pub(crate) causal: bool,
-    pub(crate) lse: bool,
-    pub(crate) lse_bias: bool,
     /// What V's channels are divided by, if anything.
     pub(crate) v_scale: Option<ChannelOp>,
-    pub(crate) tile: Tile,
+    /// The attention kernel. The stages before it write what it reads.
+    pub(crate) attend: AttendVariant,
 }
 
 /// An attention plan on a wgpu device.
@@ -104,7 +97,7 @@ fn choose(
     {
         missing.push(format!("{n} sampled keys (at most {MAX_SAMPLES})"));
     }
-    let limits = &context.limits;
+    let limits = &context.facts.limits;
     for (name, has, needs) in [
         (
             "storage buffers per stage",
@@ -123,36 +116,47 @@ fn choose(
             missing.push(format!("{needs} {name} (it has {has})"));
         }
     }
-    // head_dim is at most 256: `Problem` says so.
-    let head_dim = index(shape.head_dim as u64);
     let Some((grouping, q_groups, k_groups, pv)) = recipes else {
         return Err(missing);
     };
-    let Some(tile) = attend::tile(limits, shape.q_len, head_dim, pv) else {
-        let has = limits.max_compute_workgroup_storage_size;
-        missing.push(format!("more workgroup memory than its {has} bytes"));
-        return Err(missing);
+    let request = Request {
+        q_len: shape.q_len,
+        kv_len: shape.kv_len,
+        heads_per_kv: shape.heads_per_kv(),
+        pairs: shape.batch * shape.q_heads,
+        // At most 256: `Problem` says so.
+        head_dim: index(shape.head_dim as u64),
+        pv,
+    };
+    let kernel = match tier::choose(&context.facts, &request, &context.order(&request)) {
+        Ok(kernel) => kernel,
+        Err(needs) => {
+            missing.extend(needs);
+            return Err(missing);
+        }
     };
     let dtype = shader_dtype(problem.dtype());
     let smooth = recipe.smooth != Smooth::Off;
     let lse = problem.outputs() == Outputs::OAndLse;
     let kernels = Kernels {
         recipe: *recipe,
-        dtype,
-        head_dim,
-        pv,
         grouping,
-        q_groups,
-        k_groups,
-        causal: problem.mask() != Mask::None,
-        lse,
-        lse_bias: lse && smooth,
         v_scale: match (pv, dtype) {
             (Pv::I8, _) => Some(ChannelOp::CodeScale),
             (Pv::F16, DType::F16) => None,
             (Pv::F16, DType::BF16 | DType::F32) => Some(ChannelOp::RangeFactor),
         },
-        tile,
+        attend: AttendVariant {
+            dtype,
+            head_dim: request.head_dim,
+            pv,
+            q_groups,
+            k_groups,
+            causal: problem.mask() != Mask::None,
+            lse,
+            lse_bias: lse && smooth,
+            kernel,
+        },
     };
     let workspace = kernels.workspace(problem);
     missing.extend(size_needs(context, problem, &workspace));
@@ -168,7 +172,8 @@ fn size_needs(context: &Context, problem: &Problem, workspace: &Workspace) -> Ve
     let shape = problem.shape();
     let row = (shape.head_dim * problem.dtype().size()) as u64;
     let queries = (shape.q_len * shape.heads_per_kv()) as u64;
-    let q_codes = workspace.q_codes.shape[2] * workspace.q_codes.shape[3];
+    let code = u64::from(workspace.code_bytes);
+    let q_codes = workspace.q_codes.shape[2] * workspace.q_codes.shape[3] * code;
     let parts = [
         ("q", queries * row),
         ("k", shape.kv_len as u64 * row),
@@ -177,7 +182,7 @@ fn size_needs(context: &Context, problem: &Problem, workspace: &Workspace) -> Ve
         ("q_codes", q_codes * shape.heads_per_kv() as u64),
         (
             "k_codes",
-            workspace.k_codes.shape[2] * workspace.k_codes.shape[3],
+            workspace.k_codes.shape[2] * workspace.k_codes.shape[3] * code,
         ),
         ("values", workspace.values.shape[2]),
     ];
@@ -192,7 +197,10 @@ fn size_needs(context: &Context, problem: &Problem, workspace: &Workspace) -> Ve
             "a binding of {floats} bytes for the f32 part of the workspace (its limit is {limit})"
         ));
     }
-    let (bytes, limit) = (workspace.scratch.bytes(), context.limits.max_buffer_size);
+    let (bytes, limit) = (
+        workspace.scratch.bytes(),
+        context.facts.limits.max_buffer_size,
+    );
     if bytes > limit {
         missing.push(format!(
             "a workspace buffer of {bytes} bytes (its limit is {limit})"
@@ -204,11 +212,7 @@ fn size_needs(context: &Context, problem: &Problem, workspace: &Workspace) -> Ve
 impl Kernels {
     fn workspace(&self, problem: &Problem) -> Workspace {
         let shape = problem.shape();
-        let words = match self.pv {
-            Pv::F16 => 32,
-            // 16 words of codes, and their sum.
-            Pv::I8 => 17,
-        };
+        let attend = &self.attend;
         let tiles = padded(shape.kv_len) as u64 / u64::from(KEY_TILE);
         let reduced = [
             quantize::samples(self.recipe.smooth, shape.kv_len),
@@ -216,13 +220,14 @@ impl Kernels {
         ];
         let most_rows = reduced.into_iter().flatten().max();
         let extents = Extents {
-            qk_dim: self.tile.qk_dim(),
-            value_bytes: tiles * words * u64::from(self.tile.pv_dim()) * 4,
+            qk_dim: attend.qk_dim(),
+            codes: attend.codes(),
+            value_bytes: tiles * u64::from(attend.values().tile_bytes() * attend.pv_dim()),
             q_groups: self.grouping.q().count(shape.q_len),
             k_groups: self.grouping.k().count(shape.kv_len),
             smooth: self.recipe.smooth != Smooth::Off,
             v_scaled: self.v_scale.is_some(),
-            lse_bias: self.lse_bias,
+            lse_bias: attend.lse_bias,
             splits: most_rows.map_or(0, quantize::splits),
         };
         Workspace::new(shape, &extents)
@@ -238,7 +243,9 @@ impl WgpuPlan {
         let (kernels, workspace) = choose(context, problem, recipe)
             .map_err(|missing| Error::from(context.unsupported(missing)))?;
         // Compiled now, not in the first run; the other stages are small and follow when recorded.
-        context.pipelines.get(context, &kernels.attend_variant())?;
+        context
+            .pipelines
+            .get(context, &Variant::Attend(kernels.attend))?;
         let plan = Self {
             context: Arc::clone(context),
             problem: *problem,
@@ -344,7 +351,7 @@ impl WgpuPlan {
 impl fmt::Debug for WgpuPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WgpuPlan")
-            .field("variant", &self.kernels.attend_variant().name())
+            .field("variant", &self.kernels.attend.name())
             .field("problem", &self.problem)
             .field("workspace_bytes", &self.workspace_bytes())
             .finish_non_exhaustive()
@@ -354,10 +361,13 @@ impl fmt::Debug for WgpuPlan {
 impl Plan for WgpuPlan {
     fn describe(&self) -> Description {
         Description {
-            variant: self.kernels.attend_variant().name(),
+            variant: self.kernels.attend.name(),
             recipe: self.kernels.recipe,
             rounding: Rounding {
-                key_tile: KEY_TILE as usize,
+                key_tile: self.kernels.attend.key_tile() as usize,
+                reference: Reference::Maximum {
+                    stale: f32::from(self.kernels.attend.stale()),
+                },
                 ..Rounding::of(&self.kernels.recipe)
             },
             scratch: self.workspace.scratch.ranges().to_vec(),

@@ -3,7 +3,7 @@
 use sageattn_core::{DType, Error, Smooth, TensorView};
 use sageattn_shaders::abi::TensorParams;
 use sageattn_shaders::{
-    ChannelOp, ChannelsVariant, KEY_TILE, Pv, RowsVariant, SPLIT_ROWS, ValuesVariant, Variant,
+    ChannelOp, ChannelsVariant, KEY_TILE, RowsVariant, SPLIT_ROWS, Values, ValuesVariant, Variant,
 };
 
 use crate::memory::{Binder, Side, Slice, index, padded};
@@ -94,14 +94,14 @@ impl Kernels {
             partials: w.float_index(w.partials.as_ref(), pair),
             ..params
         };
-        let split_ops = u64::from(SPLIT_ROWS) * u64::from(self.head_dim) * OPS_PER_ELEMENT;
+        let split_ops = u64::from(SPLIT_ROWS) * u64::from(self.attend.head_dim) * OPS_PER_ELEMENT;
         let partial = Variant::Channels(ChannelsVariant {
-            dtype: self.dtype,
-            head_dim: self.head_dim,
+            dtype: self.attend.dtype,
+            head_dim: self.attend.head_dim,
             largest: op != ChannelOp::Mean,
         });
         let finish = Variant::ChannelsFinish {
-            head_dim: self.head_dim,
+            head_dim: self.attend.head_dim,
             op,
         };
         let step = |variant: &Variant, bindings, blocks, ops| -> Result<Step<'a>, Error> {
@@ -131,8 +131,20 @@ impl Kernels {
     fn rows<'a>(&self, binder: &Binder<'a>, slice: &Slice, side: Side) -> Result<Step<'a>, Error> {
         let w = binder.workspace;
         let (stage, tensor, groups, codes, scales) = match side {
-            Side::Q => ("quantize_q", "q", self.q_groups, &w.q_codes, &w.q_scales),
-            Side::Kv => ("quantize_k", "k", self.k_groups, &w.k_codes, &w.k_scales),
+            Side::Q => (
+                "quantize_q",
+                "q",
+                self.attend.q_groups,
+                &w.q_codes,
+                &w.q_scales,
+            ),
+            Side::Kv => (
+                "quantize_k",
+                "k",
+                self.attend.k_groups,
+                &w.k_codes,
+                &w.k_scales,
+            ),
         };
         let (range, params) = self.tensor(binder, slice, tensor, side)?;
         let (pair, pairs) = slice.pairs(side);
@@ -146,14 +158,15 @@ impl Kernels {
             ..params
         };
         let variant = Variant::QuantizeRows(RowsVariant {
-            dtype: self.dtype,
-            head_dim: self.head_dim,
-            qk_dim: self.tile.qk_dim(),
+            dtype: self.attend.dtype,
+            head_dim: self.attend.head_dim,
+            qk_dim: self.attend.qk_dim(),
+            codes: self.attend.codes(),
             groups,
             subtract_mean: side == Side::Kv && w.k_mean.is_some(),
             lse_bias: side == Side::Q && w.lse_bias.is_some(),
         });
-        let ops = u64::from(groups.block) * u64::from(self.head_dim) * OPS_PER_ELEMENT;
+        let ops = u64::from(groups.block) * u64::from(self.attend.head_dim) * OPS_PER_ELEMENT;
         let blocks = u64::from(params.padded_len / groups.block);
         Ok(Step {
             stage,
@@ -177,15 +190,16 @@ impl Kernels {
             ..params
         };
         let variant = ValuesVariant {
-            dtype: self.dtype,
-            head_dim: self.head_dim,
-            pv_dim: self.tile.pv_dim(),
+            dtype: self.attend.dtype,
+            head_dim: self.attend.head_dim,
+            pv_dim: self.attend.pv_dim(),
         };
-        let variant = match self.pv {
-            Pv::F16 => Variant::ValuesF16(variant),
-            Pv::I8 => Variant::ValuesI8(variant),
+        let variant = match self.attend.values() {
+            Values::F16Pairs => Variant::ValuesF16(variant),
+            Values::F16Rows => Variant::ValuesRows(variant),
+            Values::I8 => Variant::ValuesI8(variant),
         };
-        let ops = u64::from(KEY_TILE) * u64::from(self.head_dim) * OPS_PER_ELEMENT;
+        let ops = u64::from(KEY_TILE) * u64::from(self.attend.head_dim) * OPS_PER_ELEMENT;
         let tiles = u64::from(params.padded_len / KEY_TILE);
         Ok(Step {
             stage: "quantize_v",

@@ -1,0 +1,175 @@
+//! Tiers: the ways a device may compute one recipe, and which of them a call takes.
+//!
+//! The choice is a function of facts, request and order, and nothing else: no device is asked here.
+//! A tier is a file in `attend`, which says what the tier needs and picks its tile.
+
+use std::fmt;
+use std::str::FromStr;
+
+use sageattn_core::Error;
+use sageattn_shaders::{AttendKernel, Pv};
+
+use crate::attend;
+
+/// A way to compute attention on a GPU. All tiers compute the same recipes by the same definitions;
+/// they differ in speed and in what they need of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Tier {
+    /// Packed 8-bit dot products, in plain WGSL: on every device.
+    Dot,
+}
+
+impl Tier {
+    /// Every tier, in the order in which they are tried when nothing has been measured.
+    pub const ALL: &'static [Self] = &[Self::Dot];
+
+    /// Its name, as in [`Description::variant`](sageattn_core::Description::variant): `attend_dot_..`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Dot => "dot",
+        }
+    }
+
+    /// What the device lacks for this tier, whatever the request.
+    pub(crate) fn lacks(self, facts: &Facts) -> Vec<String> {
+        let mut lacks = match self {
+            Self::Dot => Vec::new(),
+        };
+        let struck = facts.struck.iter().filter(|(tier, _)| *tier == self);
+        lacks.extend(struck.map(|(_, reason)| reason.clone()));
+        lacks
+    }
+
+    /// The kernel for a request.
+    fn kernel(self, facts: &Facts, request: &Request) -> Result<AttendKernel, Vec<String>> {
+        let lacks = self.lacks(facts);
+        if !lacks.is_empty() {
+            return Err(lacks);
+        }
+        match self {
+            Self::Dot => attend::dot::kernel(facts, request),
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Tier {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let found = Self::ALL.iter().find(|tier| tier.name() == name);
+        found.copied().ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|tier| tier.name()).collect();
+            let reason = format!("unknown name {name:?}; there are {}", known.join(", "));
+            Error::invalid("tier", reason)
+        })
+    }
+}
+
+/// What the choice looks at of a device.
+#[derive(Clone, Debug)]
+#[allow(dead_code, reason = "tiers to come read the rest")]
+pub(crate) struct Facts {
+    pub(crate) limits: wgpu::Limits,
+    /// Features that the device was opened with.
+    pub(crate) features: wgpu::Features,
+    /// Shapes of cooperative matrices, as the adapter reports them; none without the adapter.
+    pub(crate) matrices: Vec<wgpu::CooperativeMatrixProperties>,
+    /// The smallest and the largest subgroup that a kernel may meet.
+    pub(crate) subgroup: [u32; 2],
+    /// Tiers that a self-test found wrong, and how.
+    pub(crate) struck: Vec<(Tier, String)>,
+}
+
+/// What the choice looks at of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Request {
+    pub(crate) q_len: usize,
+    pub(crate) kv_len: usize,
+    /// Query heads that share a KV head.
+    pub(crate) heads_per_kv: usize,
+    /// Batches times query heads.
+    pub(crate) pairs: usize,
+    pub(crate) head_dim: u32,
+    pub(crate) pv: Pv,
+}
+
+/// The kernel for a request: that of the first tier in `order` that takes it.
+///
+/// # Errors
+/// What the last tier of the order lacks.
+pub(crate) fn choose(
+    facts: &Facts,
+    request: &Request,
+    order: &[Tier],
+) -> Result<AttendKernel, Vec<String>> {
+    let mut needs = Vec::new();
+    for tier in order {
+        match tier.kernel(facts, request) {
+            Ok(kernel) => return Ok(kernel),
+            Err(lacks) => {
+                let in_tier = |lack| format!("tier {tier}: {lack}");
+                needs = lacks.into_iter().map(in_tier).collect();
+            }
+        }
+    }
+    Err(needs)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A device with nothing beyond wgpu's defaults.
+    pub(crate) fn plain() -> Facts {
+        Facts {
+            limits: wgpu::Limits::default(),
+            features: wgpu::Features::empty(),
+            matrices: Vec::new(),
+            subgroup: [32, 32],
+            struck: Vec::new(),
+        }
+    }
+
+    /// One long head.
+    pub(crate) fn long(head_dim: u32, pv: Pv) -> Request {
+        Request {
+            q_len: 4096,
+            kv_len: 4096,
+            heads_per_kv: 1,
+            pairs: 32,
+            head_dim,
+            pv,
+        }
+    }
+
+    #[test]
+    fn names_parse_back() {
+        for tier in Tier::ALL {
+            assert_eq!(tier.name().parse::<Tier>().unwrap(), *tier);
+        }
+        assert!("dots".parse::<Tier>().is_err());
+    }
+
+    #[test]
+    fn a_plain_device_takes_dot_products() {
+        for pv in [Pv::F16, Pv::I8] {
+            let kernel = choose(&plain(), &long(128, pv), Tier::ALL).unwrap();
+            assert!(matches!(kernel, AttendKernel::Dot(_)), "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn a_struck_tier_is_refused_with_its_reason() {
+        let mut facts = plain();
+        facts.struck.push((Tier::Dot, "wrong sums".to_owned()));
+        let needs = choose(&facts, &long(64, Pv::F16), Tier::ALL).unwrap_err();
+        assert_eq!(needs, ["tier dot: wrong sums"]);
+    }
+}
