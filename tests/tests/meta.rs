@@ -69,6 +69,7 @@ fn the_honest_backend_passes() {
         Recipe::SAGE2_I8_F8,
         Recipe::SAGE2_I4_F8,
         Recipe::I8_I8_DYN,
+        Recipe::HALF,
     ] {
         let (failures, trials) = failures(Bug::None, recipe);
         assert!(trials > 50, "{trials}");

@@ -91,6 +91,19 @@ fn finer_is_better_and_static_int8_of_p_is_worse() {
     }
 }
 
+/// What is not quantized errs by the rounding of P and O alone, far below any recipe that quantizes.
+#[test]
+fn half_is_far_more_accurate_than_any_quantization() {
+    for sample in files() {
+        let [half, token] = [Recipe::HALF, Recipe::SAGE1_T].map(|recipe| sample.error(recipe));
+        let name = sample.name;
+        assert!(
+            half <= token / 5.0,
+            "{name}: half {half:.5}, per token {token:.5}"
+        );
+    }
+}
+
 /// The dynamic scale of P is what makes INT8 P V usable; INT4 is the coarsest of all.
 #[test]
 fn a_dynamic_scale_of_p_beats_a_static_one_and_int4_is_coarsest() {

@@ -368,13 +368,5 @@ fn elements<const N: usize>(row: &[u8]) -> impl Iterator<Item = [u8; N]> {
 
 /// Rounds values to an element type and back, as storing them would.
 pub fn round_to(dtype: DType, values: &mut [f32]) {
-    match dtype {
-        DType::F16 => values
-            .iter_mut()
-            .for_each(|x| *x = f16::from_f32(*x).to_f32()),
-        DType::BF16 => values
-            .iter_mut()
-            .for_each(|x| *x = bf16::from_f32(*x).to_f32()),
-        DType::F32 => {}
-    }
+    values.iter_mut().for_each(|x| *x = dtype.round(*x));
 }

@@ -41,7 +41,7 @@ impl SmoothQ {
 /// How Q K^T is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum QkQuant {
-    /// Not quantized.
+    /// Not quantized: the tensors' own numbers, summed in f32.
     None,
     /// Symmetric 8-bit integers, -127 to 127, exact 32-bit accumulation.
     Int8(Grouping),
@@ -54,6 +54,9 @@ pub enum QkQuant {
 pub enum PvQuant {
     /// Not quantized.
     None,
+    /// V as it is, P rounded to the tensors' own element type (for f32 tensors not at all); accumulated
+    /// in f32.
+    Native,
     /// P and V rounded to f16, accumulated in f32.
     F16,
     /// P in e4m3 at a static power-of-two scale, V in e4m3 per channel; each key tile is summed in the
@@ -91,6 +94,10 @@ const PER_THREAD: Grouping = Grouping::PerThread { q: 16, k: 128 };
 impl Recipe {
     /// Attention in f64, without quantization: the reference.
     pub const EXACT: Self = Self::new(QkQuant::None, PvQuant::None);
+    /// Plain attention on the tensors' own numbers, as FlashAttention computes it (arXiv 2205.14135):
+    /// for 16-bit tensors on matrix units, and where quantizing costs more than it saves, such as
+    /// decoding.
+    pub const HALF: Self = Self::new(QkQuant::None, PvQuant::Native);
     /// SageAttention (arXiv 2410.02367, table 6), SAGEAttn-T: INT8 per token, P V in f16.
     pub const SAGE1_T: Self = Self::new(QkQuant::Int8(Grouping::PerToken), PvQuant::F16);
     /// SageAttention (arXiv 2410.02367, table 6), SAGEAttn-B: INT8 per block of 128 queries and 64
@@ -108,8 +115,8 @@ impl Recipe {
     /// INT8 throughout, with a dynamic scale for P: for devices with integer dot products and no FP8.
     pub const I8_I8_DYN: Self = Self::new(QkQuant::Int8(PER_THREAD), PvQuant::Int8Dynamic);
 
-    /// Every named recipe, smoothed, in the order of the papers.
-    pub const NAMED: [(&'static str, Self); 8] = [
+    /// Every named recipe, smoothed where it quantizes, in the order of the papers.
+    pub const NAMED: [(&'static str, Self); 9] = [
         ("sage1-t", Self::SAGE1_T),
         ("sage1-b", Self::SAGE1_B),
         ("sage1-vt", Self::SAGE1_VT),
@@ -117,6 +124,7 @@ impl Recipe {
         ("sage2-i8-f8", Self::SAGE2_I8_F8),
         ("sage2-i4-f8", Self::SAGE2_I4_F8),
         ("i8-i8-dyn", Self::I8_I8_DYN),
+        ("half", Self::HALF),
         ("exact", Self::EXACT),
     ];
 
@@ -128,10 +136,12 @@ impl Recipe {
         Self { smooth, qk, pv }
     }
 
-    /// The same recipe with other smoothing of the keys; `Smooth::Off` also stops smoothing of Q.
+    /// The same recipe with other smoothing of the keys; `Smooth::Off` also stops smoothing of Q. A
+    /// recipe that does not quantize the keys has nothing to smooth and stays as it is.
     #[must_use]
     pub const fn with_smooth(self, smooth: Smooth) -> Self {
         let qk = match (self.qk, smooth) {
+            (QkQuant::None, _) => return self,
             (QkQuant::Int4(groups, _), Smooth::Off) => QkQuant::Int4(groups, SmoothQ::Off),
             (qk, _) => qk,
         };
@@ -157,7 +167,11 @@ impl Recipe {
     pub const fn key_tile(&self) -> usize {
         match self.pv {
             PvQuant::E4m3 => 128,
-            PvQuant::None | PvQuant::F16 | PvQuant::Int8Static | PvQuant::Int8Dynamic => 64,
+            PvQuant::None
+            | PvQuant::Native
+            | PvQuant::F16
+            | PvQuant::Int8Static
+            | PvQuant::Int8Dynamic => 64,
         }
     }
 }
@@ -228,6 +242,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_quantized_is_not_smoothed() {
+        let sampled = NonZeroU32::new(64).map(Smooth::Sampled).unwrap();
+        for recipe in [Recipe::HALF, Recipe::EXACT] {
+            assert_eq!(recipe.smooth, Smooth::Off);
+            for smooth in [Smooth::Off, Smooth::Mean, sampled] {
+                assert_eq!(recipe.with_smooth(smooth), recipe);
+            }
+        }
+    }
+
+    #[test]
     fn unknown_names_list_the_known_ones() {
         for text in [
             "sage9",
@@ -235,6 +260,7 @@ mod tests {
             "sage1-b+smooth",
             "sage1-b+sampled0",
             "exact+unsmoothed",
+            "half+sampled64",
         ] {
             let error = text.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.starts_with("recipe: "), "{error}");

@@ -3,6 +3,8 @@
 use std::any::Any;
 use std::fmt;
 
+use half::{bf16, f16};
+
 use crate::Error;
 
 /// The alignment of rows and offsets, in bytes: one vector load of every backend.
@@ -37,6 +39,15 @@ impl DType {
             Self::F16 => "f16",
             Self::BF16 => "bf16",
             Self::F32 => "f32",
+        }
+    }
+
+    /// `x` as it comes back from memory of this type: rounded to nearest, ties to even.
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Self::F16 => f16::from_f32(x).to_f32(),
+            Self::BF16 => bf16::from_f32(x).to_f32(),
+            Self::F32 => x,
         }
     }
 }

@@ -7,7 +7,7 @@
 //! s_j = c (q_codes . k_codes_j)        c = softmax_scale * log2(e) * q_scale * k_scale_j
 //! m'  = max(m, max_j s_j)              or kept at m: see Reference
 //! a   = 2^(m - m')
-//! p_j = round(2^(s_j - m'))            f16, e4m3 or integers, each recipe its own rounding
+//! p_j = round(2^(s_j - m'))            floats or integers, each recipe its own rounding
 //! l   = a l + sum_j p_j                of the rounded p or not: see Divisor
 //! O   = a O + sum_j p_j v_j
 //! ```
@@ -23,8 +23,8 @@ use super::exact::dot;
 use super::quantize::{self, Codes, VOperand};
 use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
 use crate::{
-    Divisor, HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Reference, Rounding,
-    SmoothQ,
+    DType, Divisor, HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Reference,
+    Rounding, SmoothQ,
 };
 
 /// The exponent offset of e4m3 P: `2^8 = 256` is a power of two, so it scales without rounding, and
@@ -171,7 +171,7 @@ impl<'a> Prepared<'a> {
     fn value_operand(&self, rows: &[f32]) -> VOperand {
         let head_dim = self.problem.shape().head_dim;
         match self.recipe.pv {
-            PvQuant::None => VOperand {
+            PvQuant::None | PvQuant::Native => VOperand {
                 values: rows.to_vec(),
                 scales: vec![1.0; head_dim],
             },
@@ -201,7 +201,7 @@ impl<'a> Prepared<'a> {
         let head_dim = self.problem.shape().head_dim;
         let kv_head = kv_head(&self.problem, head);
         let values = &self.values[kv_head];
-        let mut softmax = OnlineSoftmax::new(head_dim, rounding.reference);
+        let mut softmax = OnlineSoftmax::new(head_dim, self.problem.dtype(), rounding.reference);
         let mut scores = Vec::with_capacity(rounding.key_tile);
 
         for keys in tiles(self.problem.visible_keys(row), rounding) {
@@ -283,6 +283,8 @@ impl Operand {
 /// The running state of one row.
 struct OnlineSoftmax {
     rule: Reference,
+    /// What `PvQuant::Native` rounds P to.
+    dtype: DType,
     /// The reference in use, log2 units.
     reference: f32,
     /// The sum of the P that is multiplied.
@@ -296,9 +298,10 @@ struct OnlineSoftmax {
 }
 
 impl OnlineSoftmax {
-    fn new(head_dim: usize, rule: Reference) -> Self {
+    fn new(head_dim: usize, dtype: DType, rule: Reference) -> Self {
         Self {
             rule,
+            dtype,
             reference: f32::NEG_INFINITY,
             rounded_sum: 0.0,
             sum: 0.0,
@@ -358,6 +361,7 @@ impl OnlineSoftmax {
             let p = (score - base).exp2();
             let rounded = match pv {
                 PvQuant::None => p,
+                PvQuant::Native => self.dtype.round(p),
                 PvQuant::F16 => f16::from_f32(p).to_f32(),
                 PvQuant::E4m3 => e4m3::round((score - base + e4m3_exponent).exp2()),
                 PvQuant::Int8Static => (127.0 * p).round_ties_even(),
@@ -387,7 +391,7 @@ impl OnlineSoftmax {
             Divisor::UnroundedP => {
                 self.sum
                     * match pv {
-                        PvQuant::None | PvQuant::F16 => 1.0,
+                        PvQuant::None | PvQuant::Native | PvQuant::F16 => 1.0,
                         PvQuant::E4m3 => self.e4m3_exponent().exp2(),
                         PvQuant::Int8Static => 127.0,
                         PvQuant::Int8Dynamic => 255.0,
@@ -489,7 +493,7 @@ mod tests {
 
     #[test]
     fn the_reference_stays_while_sums_are_small() {
-        let mut row = OnlineSoftmax::new(1, LAZY.reference);
+        let mut row = OnlineSoftmax::new(1, DType::F16, LAZY.reference);
         let mut step = |score: f32, keys: usize| {
             row.step(&vec![score; keys], &vec![1.0; keys], PvQuant::E4m3);
             row.reference
@@ -504,6 +508,7 @@ mod tests {
             reference: 0.0,
             ..OnlineSoftmax::new(
                 1,
+                DType::F16,
                 Reference::Sum {
                     start: 5.0,
                     limit: 448.0,
