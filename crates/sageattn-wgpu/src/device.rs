@@ -6,17 +6,17 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use sageattn_core::{
     Backend, Buffer, DeviceInfo, DeviceKind, Error, Plan, Problem, Recipe, Unsupported,
 };
-use sageattn_shaders::Native;
+use sageattn_shaders::{AttendKernel, Native};
 
 use crate::buffer::{Owner, WgpuBuffer, check_copy};
 use crate::pipeline::Pipelines;
 use crate::plan::{self, WgpuPlan};
-use crate::tier::{Facts, Request, Tier};
+use crate::tier::{self, Facts, Forced, Request, Tier};
 
 /// A wgpu device as a backend. Cloning it gives another handle to the same device and kernels.
 #[derive(Clone)]
 pub struct Wgpu {
-    context: Arc<Context>,
+    pub(crate) context: Arc<Context>,
 }
 
 /// What the parts of this crate share of a device.
@@ -25,8 +25,8 @@ pub(crate) struct Context {
     pub(crate) queue: wgpu::Queue,
     owner: Owner,
     pub(crate) facts: Facts,
-    /// The tier that every plan must take, if the caller said so.
-    forced: Option<Tier>,
+    /// What every plan must take, if the caller said so.
+    pub(crate) forced: Option<Forced>,
     pub(crate) info: wgpu::AdapterInfo,
     pub(crate) native: Native,
     pub(crate) pipelines: Pipelines,
@@ -182,7 +182,9 @@ impl Wgpu {
                 matrices: adapter
                     .map(wgpu::Adapter::cooperative_matrix_properties)
                     .unwrap_or_default(),
-                subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+                subgroup: subgroup(&info),
+                // Metal's functions for matrices take pointers to numbers.
+                vector_items: info.backend != wgpu::Backend::Metal,
                 struck: Vec::new(),
             },
             forced: None,
@@ -236,7 +238,7 @@ impl Wgpu {
             let missing = lacks.into_iter().map(in_tier).collect();
             return Err(self.context.unsupported(missing).into());
         }
-        Ok(self.with(|context| context.forced = Some(tier)))
+        Ok(self.with(|context| context.forced = Some(Forced::Tier(tier))))
     }
 
     /// The tiers that this device has, in the order in which plans try them.
@@ -246,7 +248,7 @@ impl Wgpu {
         there.copied().collect()
     }
 
-    fn with(&self, change: impl FnOnce(&mut Context)) -> Self {
+    pub(crate) fn with(&self, change: impl FnOnce(&mut Context)) -> Self {
         let old = &self.context;
         let mut context = Context {
             device: old.device.clone(),
@@ -383,6 +385,15 @@ impl Backend for Wgpu {
     }
 }
 
+/// The smallest and the largest subgroup of an adapter. wgpu reports what Metal allows in general; the
+/// GPUs that have matrices have subgroups of 32.
+fn subgroup(info: &wgpu::AdapterInfo) -> [u32; 2] {
+    match info.backend {
+        wgpu::Backend::Metal => [32, 32],
+        _ => [info.subgroup_min_size, info.subgroup_max_size],
+    }
+}
+
 /// One for the process: opening one loads drivers.
 fn instance() -> &'static wgpu::Instance {
     static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
@@ -392,11 +403,13 @@ fn instance() -> &'static wgpu::Instance {
 }
 
 impl Context {
-    /// The order in which tiers are tried for a request.
-    pub(crate) fn order(&self, _request: &Request) -> Vec<Tier> {
+    /// The attention kernel for a request.
+    pub(crate) fn pick(&self, request: &Request) -> Result<AttendKernel, Vec<String>> {
         match self.forced {
-            Some(tier) => vec![tier],
-            None => Tier::ALL.to_vec(),
+            Some(Forced::Tier(tier)) => tier::choose(&self.facts, request, &[tier]),
+            #[cfg(test)]
+            Some(Forced::Kernel(kernel)) => Ok(kernel),
+            None => tier::choose(&self.facts, request, Tier::ALL),
         }
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sageattn_core::{
-    Buffer, Clock, Description, Error, Grouping, Io, Mask, Outputs, Plan, Problem, Profile,
-    PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
+    Buffer, Clock, Description, Divisor, Error, Grouping, Io, Mask, Outputs, Plan, Problem,
+    Profile, PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
 };
 use sageattn_shaders::{AttendVariant, ChannelOp, DType, KEY_TILE, Pv, RowGroups, Variant};
 
@@ -14,7 +14,7 @@ use crate::device::Context;
 use crate::memory::{Binder, Extents, Workspace, binding_need, index, padded};
 use crate::pipeline::{ParamCache, Step, record};
 use crate::quantize::{self, MAX_SAMPLES, shader_dtype};
-use crate::tier::{self, Request};
+use crate::tier::Request;
 
 /// Scores stay below 3e38 for |Q| and |K| up to 1e15 under any softmax scale up to this.
 const MAX_SOFTMAX_SCALE: f32 = 1e5;
@@ -128,7 +128,7 @@ fn choose(
         head_dim: index(shape.head_dim as u64),
         pv,
     };
-    let kernel = match tier::choose(&context.facts, &request, &context.order(&request)) {
+    let kernel = match context.pick(&request) {
         Ok(kernel) => kernel,
         Err(needs) => {
             missing.extend(needs);
@@ -367,6 +367,10 @@ impl Plan for WgpuPlan {
                 key_tile: self.kernels.attend.key_tile() as usize,
                 reference: Reference::Maximum {
                     stale: f32::from(self.kernels.attend.stale()),
+                },
+                divisor: match self.kernels.attend.divides_by_unrounded() {
+                    true => Divisor::UnroundedP,
+                    false => Divisor::RoundedP,
                 },
                 ..Rounding::of(&self.kernels.recipe)
             },

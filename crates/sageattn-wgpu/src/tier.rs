@@ -16,17 +16,20 @@ use crate::attend;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Tier {
+    /// Cooperative matrices in WGSL, f16 with f32 sums: matrix cores, where wgpu offers them.
+    Matrix,
     /// Packed 8-bit dot products, in plain WGSL: on every device.
     Dot,
 }
 
 impl Tier {
     /// Every tier, in the order in which they are tried when nothing has been measured.
-    pub const ALL: &'static [Self] = &[Self::Dot];
+    pub const ALL: &'static [Self] = &[Self::Matrix, Self::Dot];
 
     /// Its name, as in [`Description::variant`](sageattn_core::Description::variant): `attend_dot_..`.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Matrix => "matrix",
             Self::Dot => "dot",
         }
     }
@@ -34,6 +37,7 @@ impl Tier {
     /// What the device lacks for this tier, whatever the request.
     pub(crate) fn lacks(self, facts: &Facts) -> Vec<String> {
         let mut lacks = match self {
+            Self::Matrix => attend::matrix::lacks(facts),
             Self::Dot => Vec::new(),
         };
         let struck = facts.struck.iter().filter(|(tier, _)| *tier == self);
@@ -48,6 +52,7 @@ impl Tier {
             return Err(lacks);
         }
         match self {
+            Self::Matrix => attend::matrix::kernel(facts, request),
             Self::Dot => attend::dot::kernel(facts, request),
         }
     }
@@ -72,9 +77,18 @@ impl FromStr for Tier {
     }
 }
 
+/// What the caller, or a measurement, has decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Forced {
+    /// The tier, whatever its tile.
+    Tier(Tier),
+    /// The very kernel: to compare tiles.
+    #[cfg(test)]
+    Kernel(AttendKernel),
+}
+
 /// What the choice looks at of a device.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "tiers to come read the rest")]
 pub(crate) struct Facts {
     pub(crate) limits: wgpu::Limits,
     /// Features that the device was opened with.
@@ -83,6 +97,8 @@ pub(crate) struct Facts {
     pub(crate) matrices: Vec<wgpu::CooperativeMatrixProperties>,
     /// The smallest and the largest subgroup that a kernel may meet.
     pub(crate) subgroup: [u32; 2],
+    /// Whether matrices may be loaded from arrays of vectors.
+    pub(crate) vector_items: bool,
     /// Tiers that a self-test found wrong, and how.
     pub(crate) struck: Vec<(Tier, String)>,
 }
@@ -133,6 +149,7 @@ pub(crate) mod tests {
             features: wgpu::Features::empty(),
             matrices: Vec::new(),
             subgroup: [32, 32],
+            vector_items: true,
             struck: Vec::new(),
         }
     }
