@@ -1,8 +1,8 @@
 // Attention over quantized Q and K on cooperative matrices: O = softmax(scale * Q K^T) V, online in base
 // 2, tile by tile.
 //
-//   q_codes [pair, q_padded, QK_DIM], k_codes [pair, kv_padded, QK_DIM]: whole numbers in f16
-//   values [pair, kv_padded, PV_DIM]: f16
+//   q_codes [pair, q_padded, CHANNELS], k_codes [pair, kv_padded, CHANNELS]: whole numbers in f16
+//   values [pair, kv_padded, CHANNELS]: f16
 //   floats: q_scales [pair, q_groups], k_scales [pair, k_groups], v_scales [pair, HEAD_DIM],
 //           lse_bias [pair, q_len]
 //   -> out [batch, heads, q_len, head_dim], lse [pair, q_len]
@@ -29,8 +29,8 @@ const PER_ITEM: u32 = 1u;
 //# end
 const S_ITEMS: u32 = S_STRIDE / PER_ITEM;
 const P_ITEMS: u32 = P_STRIDE / PER_ITEM;
-const Q_ITEMS: u32 = QK_DIM / PER_ITEM;
-const V_ITEMS: u32 = PV_DIM / PER_ITEM;
+const Q_ITEMS: u32 = CHANNELS / PER_ITEM;
+const V_ITEMS: u32 = CHANNELS / PER_ITEM;
 const SIDE_ITEMS: u32 = SIDE / PER_ITEM;
 
 // Beyond this a score's last bit is coarse enough for a fused multiply-add to show: such rows take the
@@ -47,6 +47,17 @@ const PLAIN_MAXIMUM: f32 = 1024.0;
 
 var<workgroup> s_tile: array<Single, ROWS * S_ITEMS>;
 var<workgroup> p_tile: array<Half, ROWS * P_ITEMS>;
+//# if STAGED
+// The tiles of K and V that all subgroups multiply by.
+const KV_STRIDE: u32 = (CHANNELS + 8u) / PER_ITEM;
+const KV_ITEMS: u32 = KEY_TILE * CHANNELS / PER_ITEM;
+var<workgroup> k_tile: array<Half, KEY_TILE * KV_STRIDE>;
+var<workgroup> v_tile: array<Half, KEY_TILE * KV_STRIDE>;
+
+fn kv_place(i: u32) -> u32 {
+    return (i / (CHANNELS / PER_ITEM)) * KV_STRIDE + i % (CHANNELS / PER_ITEM);
+}
+//# end
 var<workgroup> row_sums: array<f32, ROWS>;
 //# if K_UNIFORM
 //# else
@@ -194,9 +205,9 @@ fn main(
     let unmasked = visible_keys(first_row);
 
     // The offsets of the bindings count 16 bytes.
-    let q_at = (params.q_codes * 8u + (pair * params.q_padded + first_row + own) * QK_DIM) / PER_ITEM;
-    let k_start = (params.k_codes * 8u + kv_pair * params.kv_padded * QK_DIM) / PER_ITEM;
-    let v_start = (params.values * 8u + kv_pair * params.kv_padded * PV_DIM) / PER_ITEM;
+    let q_at = (params.q_codes * 8u + (pair * params.q_padded + first_row + own) * CHANNELS) / PER_ITEM;
+    let k_start = (params.k_codes * 8u + kv_pair * params.kv_padded * CHANNELS) / PER_ITEM;
+    let v_start = (params.values * 8u + kv_pair * params.kv_padded * CHANNELS) / PER_ITEM;
     let s_at = own * S_ITEMS;
     let p_at = own * P_ITEMS;
 
@@ -227,6 +238,23 @@ fn main(
 //# end
 //# end
 
+//# if STAGED
+    // K and V travel through registers: while a tile is multiplied the next one is on its way. Whole
+    // tiles are read ahead, from memory that the padding of whole blocks keeps inside the bindings: the
+    // last tile is read once more instead of one past the end.
+    let last = ((end + KEY_TILE - 1u) / KEY_TILE - min(end, 1u)) * KEY_TILE;
+//# for i in STAGE
+    var k$i = k_codes[k_start + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+    var v$i = values[v_start + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+//# end
+//# for i in STAGE
+    if ($iu * THREADS + lane < KV_ITEMS) {
+        k_tile[kv_place($iu * THREADS + lane)] = k$i;
+    }
+    k$i = k_codes[k_start + min(KEY_TILE, last) * Q_ITEMS + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+//# end
+    workgroupBarrier();
+//# end
     for (var key = 0u; key < end; key += KEY_TILE) {
         let boundary = key + KEY_TILE > unmasked;
 
@@ -238,7 +266,11 @@ fn main(
             var s$m_$n = Sums();
 //# end
 //# end
+//# if STAGED
+            let k_at = $gu * KEY_STEP * SIDE * KV_STRIDE;
+//# else
             let k_at = k_start + (key + $gu * KEY_STEP * SIDE) * Q_ITEMS;
+//# end
 //# for c in QK_MATS
             {
 //# for m in ROW_MATS
@@ -249,7 +281,11 @@ fn main(
 //# end
 //# end
 //# for n in KEY_STEP
+//# if STAGED
+                let b$n = coopLoad<Other>(&k_tile[k_at + $nu * SIDE * KV_STRIDE + $cu * SIDE_ITEMS], KV_STRIDE);
+//# else
                 let b$n = coopLoad<Other>(&k_codes[k_at + $nu * SIDE * Q_ITEMS + $cu * SIDE_ITEMS], Q_ITEMS);
+//# end
 //# for m in ROW_MATS
                 s$m_$n = coopMultiplyAdd(a$m, b$n, s$m_$n);
 //# end
@@ -278,6 +314,21 @@ fn main(
         }
 //# end
         workgroupBarrier();
+//# if STAGED
+        // Every subgroup is done with this tile of K and with the last one of V.
+        let next_v = min(key + KEY_TILE, last) * V_ITEMS;
+        let next_k = min(key + 2u * KEY_TILE, last) * Q_ITEMS;
+//# for i in STAGE
+        if ($iu * THREADS + lane < KV_ITEMS) {
+            k_tile[kv_place($iu * THREADS + lane)] = k$i;
+            v_tile[kv_place($iu * THREADS + lane)] = v$i;
+        }
+//# end
+//# for i in STAGE
+        v$i = values[v_start + next_v + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+        k$i = k_codes[k_start + next_k + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+//# end
+//# end
 
         // Softmax
 //# for r in LANE_ROWS
@@ -338,15 +389,23 @@ fn main(
         // P V
 //# for n in KEY_MATS
         {
+//# if STAGED
+            let v_at = $nu * SIDE * KV_STRIDE;
+//# else
             let v_at = v_start + (key + $nu * SIDE) * V_ITEMS;
+//# end
 //# for m in ROW_MATS
             let p$m = coopLoadT<Factor>(&p_tile[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
 //# end
 //# for h in CHUNKS
 //# for d in CHUNK_MATS
-            let v$h_$d = coopLoadT<Other>(&values[v_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], V_ITEMS);
+//# if STAGED
+            let b$h_$d = coopLoadT<Other>(&v_tile[v_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], KV_STRIDE);
+//# else
+            let b$h_$d = coopLoadT<Other>(&values[v_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], V_ITEMS);
+//# end
 //# for m in ROW_MATS
-            o$m_$h_$d = coopMultiplyAdd(p$m, v$h_$d, o$m_$h_$d);
+            o$m_$h_$d = coopMultiplyAdd(p$m, b$h_$d, o$m_$h_$d);
 //# end
 //# end
 //# end

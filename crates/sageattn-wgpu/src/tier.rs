@@ -36,13 +36,18 @@ impl Tier {
 
     /// What the device lacks for this tier, whatever the request.
     pub(crate) fn lacks(self, facts: &Facts) -> Vec<String> {
-        let mut lacks = match self {
+        match self {
             Self::Matrix => attend::matrix::lacks(facts),
             Self::Dot => Vec::new(),
-        };
-        let struck = facts.struck.iter().filter(|(tier, _)| *tier == self);
-        lacks.extend(struck.map(|(_, reason)| reason.clone()));
-        lacks
+        }
+    }
+
+    /// The tier of a kernel.
+    pub(crate) const fn of(kernel: &AttendKernel) -> Self {
+        match kernel {
+            AttendKernel::Matrix(_) => Self::Matrix,
+            AttendKernel::Dot(_) => Self::Dot,
+        }
     }
 
     /// The kernel for a request.
@@ -82,8 +87,7 @@ impl FromStr for Tier {
 pub(crate) enum Forced {
     /// The tier, whatever its tile.
     Tier(Tier),
-    /// The very kernel: to compare tiles.
-    #[cfg(test)]
+    /// The very kernel, tried or not: to try it.
     Kernel(AttendKernel),
 }
 
@@ -99,8 +103,6 @@ pub(crate) struct Facts {
     pub(crate) subgroup: [u32; 2],
     /// Whether matrices may be loaded from arrays of vectors.
     pub(crate) vector_items: bool,
-    /// Tiers that a self-test found wrong, and how.
-    pub(crate) struck: Vec<(Tier, String)>,
 }
 
 /// What the choice looks at of a call.
@@ -150,7 +152,6 @@ pub(crate) mod tests {
             matrices: Vec::new(),
             subgroup: [32, 32],
             vector_items: true,
-            struck: Vec::new(),
         }
     }
 
@@ -180,13 +181,5 @@ pub(crate) mod tests {
             let kernel = choose(&plain(), &long(128, pv), Tier::ALL).unwrap();
             assert!(matches!(kernel, AttendKernel::Dot(_)), "{kernel:?}");
         }
-    }
-
-    #[test]
-    fn a_struck_tier_is_refused_with_its_reason() {
-        let mut facts = plain();
-        facts.struck.push((Tier::Dot, "wrong sums".to_owned()));
-        let needs = choose(&facts, &long(64, Pv::F16), Tier::ALL).unwrap_err();
-        assert_eq!(needs, ["tier dot: wrong sums"]);
     }
 }

@@ -26,6 +26,9 @@ pub struct MatrixTile {
     pub key_step: u32,
     /// Keep Q in registers over the whole call.
     pub q_resident: bool,
+    /// Tiles of K and V go through workgroup memory, for all subgroups; otherwise each loads its own
+    /// matrices from the bindings.
+    pub staged: bool,
     /// Arrays that matrices are loaded from are made of vectors, so that single invocations read and
     /// write 16 bytes at a time. Metal's matrices want arrays of numbers.
     pub vector_items: bool,
@@ -67,8 +70,23 @@ impl MatrixTile {
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self, k_uniform: bool) -> u32 {
         let tiles = self.rows() * (4 * self.s_stride() + 2 * self.p_stride() + 4);
+        let staged = if self.staged {
+            2 * self.key_tile * 2 * (self.channels + 8)
+        } else {
+            0
+        };
         let key_scales = if k_uniform { 0 } else { 4 * self.key_tile };
-        tiles + key_scales + 4
+        tiles + staged + key_scales + 4
+    }
+
+    /// Items of a tile of K or V.
+    const fn stage_items(&self) -> u32 {
+        let numbers = self.key_tile * self.channels;
+        if self.vector_items {
+            numbers / 4
+        } else {
+            numbers
+        }
     }
 
     /// How far, in log2 units, a row's scores may pass the maximum in use.
@@ -79,6 +97,7 @@ impl MatrixTile {
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
         let q = if self.q_resident { "q" } else { "" };
+        let q = if self.staged { "s" } else { q }.to_owned() + if self.staged { q } else { "" };
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
             "_mat{}x{}w{}k{}n{}{q}_lanes{}{items}",
@@ -112,9 +131,10 @@ impl MatrixTile {
             .number("KEY_STEP", self.key_step)
             .number("KEY_GROUPS", self.key_tile / self.side / self.key_step)
             .number("TILE_QUADS", self.key_tile / 4)
-            .number("QK_DIM", self.channels)
+            .number("CHANNELS", self.channels)
             .number("QK_MATS", self.channels / self.side)
-            .number("PV_DIM", self.channels)
+            .flag("STAGED", self.staged)
+            .number("STAGE", self.stage_items().div_ceil(self.invocations()))
             .number("CHUNKS", self.channels / self.chunk())
             .number("CHUNK_MATS", self.chunk() / self.side)
             .number("S_STRIDE", self.s_stride())
@@ -139,6 +159,7 @@ impl MatrixTile {
             key_tile: 64,
             key_step: 4,
             q_resident: true,
+            staged: false,
             vector_items: true,
             channels,
         };
@@ -149,6 +170,7 @@ impl MatrixTile {
                 key_tile: 32,
                 key_step: 1,
                 q_resident: false,
+                staged: true,
                 ..big
             },
             Self {

@@ -147,19 +147,21 @@ fn sweep() {
         8
     };
     let mut tiles = Vec::new();
-    for (subgroups, row_mats, key_tile, key_step, q_resident) in [
-        (1, 2, 64, 4, false),
-        (1, 2, 64, 4, true),
-        (1, 2, 32, 2, true),
-        (4, 2, 32, 2, true),
-        (4, 2, 32, 2, false),
-        (2, 2, 64, 4, false),
-        (1, 2, 64, 2, true),
-        (1, 2, 32, 1, true),
-        (2, 2, 32, 2, true),
-        (2, 2, 64, 2, true),
-        (1, 4, 32, 1, false),
-        (1, 4, 32, 2, false),
+    for (subgroups, row_mats, key_tile, key_step, q_resident, staged) in [
+        (1, 2, 64, 4, false, false),
+        (4, 2, 32, 2, false, true),
+        (1, 2, 32, 2, true, false),
+        (4, 2, 32, 2, true, true),
+        (2, 2, 32, 2, false, true),
+        (4, 2, 32, 2, false, false),
+        (2, 2, 64, 4, false, false),
+        (1, 2, 64, 4, true, false),
+        (2, 2, 32, 2, true, true),
+        (8, 2, 16, 1, false, true),
+        (4, 2, 32, 1, true, true),
+        (1, 2, 32, 1, true, false),
+        (2, 2, 64, 4, false, true),
+        (1, 4, 32, 1, false, false),
     ] {
         tiles.push(MatrixTile {
             side,
@@ -169,6 +171,7 @@ fn sweep() {
             key_tile: key_tile * side / 16,
             key_step,
             q_resident,
+            staged,
             vector_items: facts.vector_items,
             channels: 0,
         });
@@ -193,21 +196,21 @@ fn sweep() {
             };
             let forced = gpu
                 .with(|context| context.forced = Some(Forced::Kernel(AttendKernel::Matrix(tile))));
+            if tile.workgroup_bytes(false) > facts.limits.max_compute_workgroup_storage_size {
+                continue;
+            }
             let compiled = Instant::now();
             let right = error(&forced, head_dim, &Recipe::SAGE1_B);
-            let token = if std::ptr::eq(&raw const tiles[0], &raw const *tiles.first().unwrap()) {
-                error(&forced, head_dim, &Recipe::SAGE1_T).map(|e| e.0)
-            } else {
-                Ok(0.0)
-            };
+            let token = error(&forced, head_dim, &Recipe::SAGE1_T).map(|e| e.0);
             let compiled = compiled.elapsed();
             let mut line = format!(
-                "d{head_dim} w{} m{} k{} n{} q{} vec{} bytes {}: ",
+                "d{head_dim} w{} m{} k{} n{} q{} s{} vec{} bytes {}: ",
                 tile.subgroups,
                 tile.row_mats,
                 tile.key_tile,
                 tile.key_step,
                 u8::from(tile.q_resident),
+                u8::from(tile.staged),
                 u8::from(tile.vector_items),
                 tile.workgroup_bytes(true)
             );
