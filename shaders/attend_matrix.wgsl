@@ -45,58 +45,69 @@ const PLAIN_MAXIMUM: f32 = 1024.0;
 @group(0) @binding(5) var<storage, read_write> out: array<u32>;
 @group(0) @binding(6) var<storage, read_write> lse: array<u32>;
 
-var<workgroup> s_tile: array<Single, ROWS * S_ITEMS>;
-var<workgroup> p_tile: array<Half, ROWS * P_ITEMS>;
+// All workgroup memory, in one piece. A matrix is loaded by 16 bytes at a time, but an array alone would
+// lie wherever its element's alignment allows: an array of f16 at a multiple of 8, and what is loaded
+// from it is wrong without a word (seen on NVIDIA). The first member brings the piece to a multiple of
+// 16; every array before the last ones is whole in 16 bytes.
+struct Room {
+    @align(16) s: array<Single, ROWS * S_ITEMS>,
+//# if K_UNIFORM
+//# else
+    key_scales: array<vec4<f32>, TILE_QUADS>,
+//# end
+    p: array<Half, ROWS * P_ITEMS>,
 //# if STAGED
-// The tiles of K and V that all subgroups multiply by.
+    // The tiles of K and V that all subgroups multiply by.
+    k: array<Half, KEY_TILE * KV_STRIDE>,
+    v: array<Half, KEY_TILE * KV_STRIDE>,
+//# end
+    row_sums: array<f32, ROWS>,
+    // Whether a row must move to a new maximum: 1, and O is still zero; 2, and O must move as well.
+    moving: u32,
+}
+
+var<workgroup> room: Room;
+//# if STAGED
+
 const KV_STRIDE: u32 = (CHANNELS + 8u) / PER_ITEM;
 const KV_ITEMS: u32 = KEY_TILE * CHANNELS / PER_ITEM;
-var<workgroup> k_tile: array<Half, KEY_TILE * KV_STRIDE>;
-var<workgroup> v_tile: array<Half, KEY_TILE * KV_STRIDE>;
 
 fn kv_place(i: u32) -> u32 {
     return (i / (CHANNELS / PER_ITEM)) * KV_STRIDE + i % (CHANNELS / PER_ITEM);
 }
 //# end
-var<workgroup> row_sums: array<f32, ROWS>;
-//# if K_UNIFORM
-//# else
-var<workgroup> key_scales: array<vec4<f32>, TILE_QUADS>;
-//# end
-// Whether a row must move to a new maximum: 1, and O is still zero; 2, and O must move as well.
-var<workgroup> moving: u32;
 
 fn s_quad(row: u32, quad: u32) -> vec4<f32> {
 //# if VECTOR_ITEMS
-    return s_tile[row * S_ITEMS + quad];
+    return room.s[row * S_ITEMS + quad];
 //# else
     let at = row * S_ITEMS + 4u * quad;
-    return vec4<f32>(s_tile[at], s_tile[at + 1u], s_tile[at + 2u], s_tile[at + 3u]);
+    return vec4<f32>(room.s[at], room.s[at + 1u], room.s[at + 2u], room.s[at + 3u]);
 //# end
 }
 
 fn set_s_quad(row: u32, quad: u32, x: vec4<f32>) {
 //# if VECTOR_ITEMS
-    s_tile[row * S_ITEMS + quad] = x;
+    room.s[row * S_ITEMS + quad] = x;
 //# else
     let at = row * S_ITEMS + 4u * quad;
-    s_tile[at] = x.x;
-    s_tile[at + 1u] = x.y;
-    s_tile[at + 2u] = x.z;
-    s_tile[at + 3u] = x.w;
+    room.s[at] = x.x;
+    room.s[at + 1u] = x.y;
+    room.s[at + 2u] = x.z;
+    room.s[at + 3u] = x.w;
 //# end
 }
 
 fn set_p_quad(row: u32, quad: u32, p: vec4<f32>) {
     let x = vec4<f16>(p);
 //# if VECTOR_ITEMS
-    p_tile[row * P_ITEMS + quad] = x;
+    room.p[row * P_ITEMS + quad] = x;
 //# else
     let at = row * P_ITEMS + 4u * quad;
-    p_tile[at] = x.x;
-    p_tile[at + 1u] = x.y;
-    p_tile[at + 2u] = x.z;
-    p_tile[at + 3u] = x.w;
+    room.p[at] = x.x;
+    room.p[at + 1u] = x.y;
+    room.p[at + 2u] = x.z;
+    room.p[at + 3u] = x.w;
 //# end
 }
 
@@ -105,7 +116,7 @@ fn score_scale(row_scale: f32, tile_scale: f32, quad: u32) -> vec4<f32> {
 //# if K_UNIFORM
     return vec4<f32>(row_scale * tile_scale);
 //# else
-    return row_scale * key_scales[quad];
+    return row_scale * room.key_scales[quad];
 //# end
 }
 
@@ -220,7 +231,7 @@ fn main(
     var sum$r = 0.0;
 //# end
     if (lane == 0u) {
-        moving = 0u;
+        room.moving = 0u;
     }
 
 //# if Q_RESIDENT
@@ -249,7 +260,7 @@ fn main(
 //# end
 //# for i in STAGE
     if ($iu * THREADS + lane < KV_ITEMS) {
-        k_tile[kv_place($iu * THREADS + lane)] = k$i;
+        room.k[kv_place($iu * THREADS + lane)] = k$i;
     }
     k$i = k_codes[k_start + min(KEY_TILE, last) * Q_ITEMS + min($iu * THREADS + lane, KV_ITEMS - 1u)];
 //# end
@@ -282,7 +293,7 @@ fn main(
 //# end
 //# for n in KEY_STEP
 //# if STAGED
-                let b$n = coopLoad<Other>(&k_tile[k_at + $nu * SIDE * KV_STRIDE + $cu * SIDE_ITEMS], KV_STRIDE);
+                let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + $cu * SIDE_ITEMS], KV_STRIDE);
 //# else
                 let b$n = coopLoad<Other>(&k_codes[k_at + $nu * SIDE * Q_ITEMS + $cu * SIDE_ITEMS], Q_ITEMS);
 //# end
@@ -294,7 +305,7 @@ fn main(
 //# end
 //# for m in ROW_MATS
 //# for n in KEY_STEP
-            coopStoreT(s$m_$n, &s_tile[s_at + $mu * SIDE * S_ITEMS + ($gu * KEY_STEP + $nu) * SIDE_ITEMS], S_ITEMS);
+            coopStoreT(s$m_$n, &room.s[s_at + $mu * SIDE * S_ITEMS + ($gu * KEY_STEP + $nu) * SIDE_ITEMS], S_ITEMS);
 //# end
 //# end
         }
@@ -305,7 +316,7 @@ fn main(
         let tile_scale = 0.0;
         for (var i = lane; i < TILE_QUADS; i += THREADS) {
             let n = key + 4u * i;
-            key_scales[i] = vec4<f32>(
+            room.key_scales[i] = vec4<f32>(
                 k_scale(kv_pair, n),
                 k_scale(kv_pair, n + 1u),
                 k_scale(kv_pair, n + 2u),
@@ -320,8 +331,8 @@ fn main(
         let next_k = min(key + 2u * KEY_TILE, last) * Q_ITEMS;
 //# for i in STAGE
         if ($iu * THREADS + lane < KV_ITEMS) {
-            k_tile[kv_place($iu * THREADS + lane)] = k$i;
-            v_tile[kv_place($iu * THREADS + lane)] = v$i;
+            room.k[kv_place($iu * THREADS + lane)] = k$i;
+            room.v[kv_place($iu * THREADS + lane)] = v$i;
         }
 //# end
 //# for i in STAGE
@@ -340,12 +351,12 @@ fn main(
         }
         let moves$r = weighed$r.above > STALE || abs(maximum$r) > PLAIN_MAXIMUM;
         if (moves$r) {
-            moving = select(2u, 1u, key == 0u);
+            room.moving = select(2u, 1u, key == 0u);
         } else {
             sum$r += weighed$r.sum;
         }
 //# end
-        let move_now = workgroupUniformLoad(&moving);
+        let move_now = workgroupUniformLoad(&room.moving);
         if (move_now != 0u) {
 //# for r in LANE_ROWS
             var decay$r = 1.0;
@@ -359,14 +370,14 @@ fn main(
             }
 //# end
             if (lane == 0u) {
-                moving = 0u;
+                room.moving = 0u;
             }
             workgroupBarrier();
             if (move_now > 1u) {
 //# for h in CHUNKS
 //# for m in ROW_MATS
 //# for d in CHUNK_MATS
-                coopStoreT(o$m_$h_$d, &s_tile[s_at + $mu * SIDE * S_ITEMS + $du * SIDE_ITEMS], S_ITEMS);
+                coopStoreT(o$m_$h_$d, &room.s[s_at + $mu * SIDE * S_ITEMS + $du * SIDE_ITEMS], S_ITEMS);
 //# end
 //# end
                 workgroupBarrier();
@@ -378,7 +389,7 @@ fn main(
                 workgroupBarrier();
 //# for m in ROW_MATS
 //# for d in CHUNK_MATS
-                o$m_$h_$d = coopLoadT<Sums>(&s_tile[s_at + $mu * SIDE * S_ITEMS + $du * SIDE_ITEMS], S_ITEMS);
+                o$m_$h_$d = coopLoadT<Sums>(&room.s[s_at + $mu * SIDE * S_ITEMS + $du * SIDE_ITEMS], S_ITEMS);
 //# end
 //# end
                 workgroupBarrier();
@@ -395,12 +406,12 @@ fn main(
             let v_at = v_start + (key + $nu * SIDE) * V_ITEMS;
 //# end
 //# for m in ROW_MATS
-            let p$m = coopLoadT<Factor>(&p_tile[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
+            let p$m = coopLoadT<Factor>(&room.p[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
 //# end
 //# for h in CHUNKS
 //# for d in CHUNK_MATS
 //# if STAGED
-            let b$h_$d = coopLoadT<Other>(&v_tile[v_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], KV_STRIDE);
+            let b$h_$d = coopLoadT<Other>(&room.v[v_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], KV_STRIDE);
 //# else
             let b$h_$d = coopLoadT<Other>(&values[v_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], V_ITEMS);
 //# end
@@ -414,7 +425,7 @@ fn main(
     }
 
 //# for r in LANE_ROWS
-    row_sums[row$r] = sum$r;
+    room.row_sums[row$r] = sum$r;
     if (LSE && first_row + row$r < params.q_len) {
         write_lse(pair, first_row + row$r, maximum$r, sum$r);
     }
@@ -424,7 +435,7 @@ fn main(
     workgroupBarrier();
 //# for m in ROW_MATS
 //# for d in CHUNK_MATS
-    coopStoreT(o$m_$h_$d, &s_tile[s_at + $mu * SIDE * S_ITEMS + $du * SIDE_ITEMS], S_ITEMS);
+    coopStoreT(o$m_$h_$d, &room.s[s_at + $mu * SIDE * S_ITEMS + $du * SIDE_ITEMS], S_ITEMS);
 //# end
 //# end
     workgroupBarrier();
@@ -433,7 +444,7 @@ fn main(
         let quad = i % CHUNK_QUADS;
         if (first_row + row < params.q_len) {
             let start = row_start(params.out, batch, head, first_row + row);
-            write_group(start, $hu * CHUNK_QUADS + quad, s_quad(row, quad), row_sums[row], scales);
+            write_group(start, $hu * CHUNK_QUADS + quad, s_quad(row, quad), room.row_sums[row], scales);
         }
     }
 //# end

@@ -76,7 +76,7 @@ impl MatrixTile {
             0
         };
         let key_scales = if k_uniform { 0 } else { 4 * self.key_tile };
-        tiles + staged + key_scales + 4
+        (tiles + staged + key_scales + 4).next_multiple_of(16)
     }
 
     /// Items of a tile of K or V.

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use sageattn_core::metrics::Metrics;
 use sageattn_core::reference::faithful;
 use sageattn_core::{
-    Align, Backend, DType, Error, HostTensor, Layout, LseView, Mask, Outputs, Problem, Recipe,
+    Align, Backend, Buffer, DType, Error, HostTensor, Io, Layout, Mask, Outputs, Problem, Recipe,
     Shape, TensorView, attend_host,
 };
 use sageattn_shaders::{AttendKernel, MatrixTile};
 
 use crate::Wgpu;
-use crate::tier::{Forced, Tier};
+use crate::tier::Forced;
 
 /// Roughly normal numbers.
 fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -31,16 +31,19 @@ fn noise(seed: u64, count: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Relative L1 from the oracle, and the largest error of LSE, on a small causal call with tails.
-fn error(gpu: &Wgpu, head_dim: usize, recipe: &Recipe) -> Result<(f64, f32), Error> {
+/// Relative L1 from the oracle, and the largest error of LSE, on a small call with tails.
+fn error(gpu: &Wgpu, head_dim: usize, recipe: &Recipe, causal: bool) -> Result<(f64, f32), Error> {
     let shape = Shape {
         q_len: 170,
         kv_len: 205,
         ..Shape::mha(1, 1, 1, head_dim)
     };
-    let problem = Problem::new(shape, DType::F16)?
-        .with_mask(Mask::Causal(Align::BottomRight))
-        .with_outputs(Outputs::OAndLse);
+    let mut problem = Problem::new(shape, DType::F16)?;
+    if causal {
+        problem = problem
+            .with_mask(Mask::Causal(Align::BottomRight))
+            .with_outputs(Outputs::OAndLse);
+    }
     let tensor = |seed, len| {
         let layout = Layout::hnd_padded([1, 1, len, head_dim], DType::F16);
         // Scores that grow along the keys, so that maxima rise.
@@ -64,53 +67,71 @@ fn error(gpu: &Wgpu, head_dim: usize, recipe: &Recipe) -> Result<(f64, f32), Err
     Ok((Metrics::compare(&output.out, &reference).rel_l1, lse))
 }
 
-/// Medians of the attention stage and of all stages, by the device's clock.
-fn time(
-    gpu: &Wgpu,
-    problem: &Problem,
-    recipe: &Recipe,
-    budget: Duration,
-) -> Result<(Duration, Duration), Error> {
-    let shape = problem.shape();
-    let bytes = (shape.q_heads * shape.q_len * shape.head_dim * 2) as u64;
-    let block: Vec<u8> = noise(7, 1 << 18)
-        .iter()
-        .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
-        .collect();
-    let buffers = [0u64, 1, 2, 3].map(|_| gpu.alloc(bytes));
-    let [q, k, v, out] = buffers;
-    let [q, k, v, out] = [q?, k?, v?, out?];
-    for buffer in [&q, &k, &v] {
-        let mut at = 0;
-        while at < bytes {
-            let piece = block.len().min((bytes - at) as usize);
-            gpu.upload(&**buffer, at, &block[..piece])?;
-            at += piece as u64;
+/// Q, K, V and O of a large call.
+struct Tensors {
+    shape: Shape,
+    buffers: [Box<dyn Buffer>; 4],
+}
+
+impl Tensors {
+    fn new(gpu: &Wgpu, shape: Shape) -> Result<Self, Error> {
+        let bytes = (shape.q_heads * shape.q_len * shape.head_dim * 2) as u64;
+        let block: Vec<u8> = noise(7, 1 << 18)
+            .iter()
+            .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
+            .collect();
+        let [q, k, v, out] = [(); 4].map(|()| gpu.alloc(bytes));
+        let buffers = [q?, k?, v?, out?];
+        for buffer in &buffers[..3] {
+            for at in (0..bytes).step_by(block.len()) {
+                let left = usize::try_from(bytes - at).unwrap_or(usize::MAX);
+                gpu.upload(&**buffer, at, &block[..block.len().min(left)])?;
+            }
         }
+        Ok(Self { shape, buffers })
     }
-    let plan = gpu.plan(problem, recipe)?;
-    let workspace = gpu.alloc(plan.workspace_bytes())?;
-    let layout = Layout::hnd(shape.q());
-    let view = |buffer| TensorView {
-        buffer,
-        layout,
-        dtype: DType::F16,
-    };
-    let lse: Option<LseView<'_>> = None;
-    let io = sageattn_core::Io::bind(problem, view(&*q), view(&*k), view(&*v), view(&*out), lse)?;
-    let start = Instant::now();
-    let mut times = Vec::new();
-    while start.elapsed() < budget || times.len() < 3 {
-        let profile = plan.profile(&io, &*workspace)?;
-        let stages = profile.stages.iter();
-        let attend: Duration = stages
-            .filter(|(stage, _)| *stage == "attend")
-            .map(|(_, time)| *time)
-            .sum();
-        times.push((attend, profile.total()));
+
+    /// Medians of the attention stage and of all stages, in TOPS by the device's clock.
+    fn time(&self, gpu: &Wgpu, recipe: &Recipe, causal: bool) -> Result<[f64; 2], Error> {
+        let mut problem = Problem::new(self.shape, DType::F16)?;
+        if causal {
+            problem = problem.with_mask(Mask::Causal(Align::BottomRight));
+        }
+        let plan = gpu.plan(&problem, recipe)?;
+        let workspace = gpu.alloc(plan.workspace_bytes())?;
+        let views = self.buffers.each_ref().map(|buffer| TensorView {
+            buffer: &**buffer,
+            layout: Layout::hnd(self.shape.q()),
+            dtype: DType::F16,
+        });
+        let [q, k, v, out] = views;
+        let io = Io::bind(&problem, q, k, v, out, None)?;
+        let start = Instant::now();
+        let mut times = Vec::new();
+        while start.elapsed() < Duration::from_millis(150) || times.len() < 3 {
+            let profile = plan.profile(&io, &*workspace)?;
+            let stages = profile.stages.iter();
+            let attend = stages.filter(|(stage, _)| *stage == "attend");
+            times.push((attend.map(|(_, time)| *time).sum(), profile.total()));
+        }
+        times.sort();
+        let (attend, all): (Duration, Duration) = times[times.len() / 2];
+        let Shape {
+            q_heads,
+            q_len,
+            head_dim,
+            ..
+        } = self.shape;
+        let ops =
+            4.0 * (q_heads * q_len * q_len * head_dim) as f64 * if causal { 0.5 } else { 1.0 };
+        Ok([attend, all].map(|time| ops / time.as_secs_f64() / 1e12))
     }
-    times.sort();
-    Ok(times[times.len() / 2])
+}
+
+/// A number from the environment.
+fn setting(name: &str, otherwise: f64) -> f64 {
+    let value = std::env::var(name).ok().and_then(|text| text.parse().ok());
+    value.unwrap_or(otherwise)
 }
 
 #[test]
@@ -118,134 +139,95 @@ fn time(
 fn sweep() {
     let gpu = Wgpu::best().unwrap();
     let facts = &gpu.context.facts;
-    println!("{:?}", gpu.context.info);
-    println!("{:?}\n{:?}", facts.features, facts.matrices);
-    println!(
-        "subgroup {:?}, workgroup bytes {}, invocations {}",
-        facts.subgroup,
-        facts.limits.max_compute_workgroup_storage_size,
-        facts.limits.max_compute_invocations_per_workgroup
-    );
-    let limit = std::env::var("SWEEP_SECONDS")
-        .ok()
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(50.0);
-    let len: usize = std::env::var("SWEEP_LEN")
-        .ok()
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(8192);
-    let budget = Duration::from_millis(120);
+    println!("{:?}", gpu.context.info.name);
     let start = Instant::now();
+    let late = || start.elapsed().as_secs_f64() > setting("SWEEP_SECONDS", 50.0);
     let lanes = facts.subgroup[0];
-    let side = if facts
+    let big = facts
         .matrices
         .iter()
-        .any(|m| m.m_size == 16 && m.k_size == 16)
-    {
-        16
-    } else {
-        8
-    };
-    let mut tiles = Vec::new();
-    for (subgroups, row_mats, key_tile, key_step, q_resident, staged) in [
+        .any(|m| m.m_size == 16 && m.k_size == 16);
+    let side = if big { 16 } else { 8 };
+    let tiles = [
         (1, 2, 64, 4, false, false),
         (4, 2, 32, 2, false, true),
         (1, 2, 32, 2, true, false),
+        (4, 2, 32, 2, false, false),
         (4, 2, 32, 2, true, true),
         (2, 2, 32, 2, false, true),
-        (4, 2, 32, 2, false, false),
         (2, 2, 64, 4, false, false),
         (1, 2, 64, 4, true, false),
-        (2, 2, 32, 2, true, true),
+        (2, 2, 64, 4, false, true),
         (8, 2, 16, 1, false, true),
         (4, 2, 32, 1, true, true),
         (1, 2, 32, 1, true, false),
-        (2, 2, 64, 4, false, true),
+        (1, 2, 64, 2, true, false),
         (1, 4, 32, 1, false, false),
-    ] {
-        tiles.push(MatrixTile {
-            side,
-            lanes,
-            subgroups,
-            row_mats: row_mats * lanes.max(16) / (2 * side),
-            key_tile: key_tile * side / 16,
-            key_step,
-            q_resident,
-            staged,
-            vector_items: facts.vector_items,
-            channels: 0,
-        });
-    }
-    for vector_items in [false] {
-        let first = tiles[0];
-        tiles.push(MatrixTile {
-            vector_items,
-            ..first
-        });
-    }
+        (8, 2, 16, 1, true, true),
+    ];
     let dims = std::env::var("SWEEP_DIMS").unwrap_or_else(|_| "128,64".to_owned());
-    for head_dim in dims.split(',').filter_map(|d| d.parse::<usize>().ok()) {
-        for tile in &tiles {
-            if start.elapsed().as_secs_f64() > limit {
-                println!("out of time");
-                return;
+    for head_dim in dims.split(',').filter_map(|dim| dim.parse().ok()) {
+        let len = setting("SWEEP_LEN", 8192.0);
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "small"
+        )]
+        let tensors = Tensors::new(&gpu, Shape::mha(1, 32, len as usize, head_dim)).unwrap();
+        let mut best: Option<(f64, MatrixTile)> = None;
+        for (subgroups, row_mats, key_tile, key_step, q_resident, staged) in tiles {
+            if late() {
+                break;
             }
             let tile = MatrixTile {
-                channels: (head_dim as u32).next_multiple_of(16),
-                ..*tile
+                side,
+                lanes,
+                subgroups,
+                row_mats: row_mats * lanes.max(16) / (2 * side),
+                key_tile: key_tile * side / 16,
+                key_step,
+                q_resident,
+                staged,
+                vector_items: facts.vector_items,
+                channels: crate::memory::index(head_dim as u64).next_multiple_of(16),
             };
-            let forced = gpu
-                .with(|context| context.forced = Some(Forced::Kernel(AttendKernel::Matrix(tile))));
-            if tile.workgroup_bytes(false) > facts.limits.max_compute_workgroup_storage_size {
+            let room = tile.workgroup_bytes(false);
+            if room > facts.limits.max_compute_workgroup_storage_size {
                 continue;
             }
-            let compiled = Instant::now();
-            let right = error(&forced, head_dim, &Recipe::SAGE1_B);
-            let token = error(&forced, head_dim, &Recipe::SAGE1_T).map(|e| e.0);
-            let compiled = compiled.elapsed();
-            let mut line = format!(
-                "d{head_dim} w{} m{} k{} n{} q{} s{} vec{} bytes {}: ",
-                tile.subgroups,
-                tile.row_mats,
-                tile.key_tile,
-                tile.key_step,
-                u8::from(tile.q_resident),
-                u8::from(tile.staged),
-                u8::from(tile.vector_items),
-                tile.workgroup_bytes(true)
+            let kernel = AttendKernel::Matrix(tile);
+            let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
+            let started = Instant::now();
+            let wrong = error(&forced, head_dim, &Recipe::SAGE1_B, false);
+            let tops = tensors.time(&forced, &Recipe::SAGE1_B, false);
+            let name = format!(
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} n{key_step} q{} s{}",
+                u8::from(q_resident),
+                u8::from(staged)
             );
-            match (&right, &token) {
-                (Ok((o, lse)), Ok(token)) => {
-                    line += &format!(
-                        "O {o:.1e} LSE {lse:.1e} token {token:.1e}, {:.1} s",
-                        compiled.as_secs_f64()
-                    )
-                }
-                (Err(error), _) | (_, Err(error)) => {
-                    println!("{line}{error}");
-                    continue;
-                }
+            println!(
+                "{name} {room} bytes: {wrong:.6?} {tops:.1?} {:.1} s",
+                started.elapsed().as_secs_f64()
+            );
+            if let (Ok((wrong, _)), Ok([tops, _])) = (wrong, tops)
+                && wrong < 1e-3
+                && best.is_none_or(|(best, _)| tops > best)
+            {
+                best = Some((tops, tile));
             }
-            let shape = Shape::mha(1, 32, len, head_dim);
-            for mask in [Mask::None, Mask::Causal(Align::BottomRight)] {
-                let problem = Problem::new(shape, DType::F16).unwrap().with_mask(mask);
-                let ops = 4.0 * 32.0 * (len * len * head_dim) as f64
-                    / if mask == Mask::None { 1.0 } else { 2.0 };
-                match time(&forced, &problem, &Recipe::SAGE1_B, budget) {
-                    Ok((attend, all)) => {
-                        line += &format!(
-                            " | {:.1} TOPS ({:.1} whole)",
-                            ops / attend.as_secs_f64() / 1e12,
-                            ops / all.as_secs_f64() / 1e12
-                        )
-                    }
-                    Err(error) => line += &format!(" | {error}"),
-                }
-            }
-            println!("{line}");
         }
+        let Some((_, tile)) = best else {
+            println!("none is right");
+            continue;
+        };
+        let forced =
+            gpu.with(|context| context.forced = Some(Forced::Kernel(AttendKernel::Matrix(tile))));
+        println!(
+            "best {tile:?}: causal {:.1?}, {:.6?}; token {:.1?}, {:.6?}",
+            tensors.time(&forced, &Recipe::SAGE1_B, true),
+            error(&forced, head_dim, &Recipe::SAGE1_B, true),
+            tensors.time(&forced, &Recipe::SAGE1_T, false),
+            error(&forced, head_dim, &Recipe::SAGE1_T, true),
+        );
     }
-    let dot = gpu.with_tier(Tier::Dot).unwrap();
-    let problem = Problem::new(Shape::mha(1, 32, len.min(4096), 128), DType::F16).unwrap();
-    println!("dot: {:?}", time(&dot, &problem, &Recipe::SAGE1_B, budget));
 }
