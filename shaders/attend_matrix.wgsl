@@ -61,7 +61,7 @@ struct Room {
     k: array<Half, KEY_TILE * KV_STRIDE>,
     v: array<Half, KEY_TILE * KV_STRIDE>,
 //# end
-    row_sums: array<f32, ROWS>,
+    row_sums: array<f32, SPLIT * ROWS>,
     // Whether a row must move to a new maximum: 1, and O is still zero; 2, and O must move as well.
     moving: u32,
 }
@@ -120,6 +120,15 @@ fn score_scale(row_scale: f32, tile_scale: f32, quad: u32) -> vec4<f32> {
 //# end
 }
 
+// The sum of a row's P, from all who had a part of it.
+fn row_sum(row: u32) -> f32 {
+    var sum = room.row_sums[row];
+    for (var part = 1u; part < SPLIT; part++) {
+        sum += room.row_sums[part * ROWS + row];
+    }
+    return sum;
+}
+
 fn is_masked(key: u32, quad: u32, visible: u32) -> vec4<bool> {
     return vec4<u32>(key + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u) >= vec4<u32>(visible);
 }
@@ -139,33 +148,35 @@ struct Weighed {
 }
 
 //# for b in TWO
-fn weigh_$b(row: u32, key: u32, visible: u32, row_scale: f32, tile_scale: f32, maximum: f32) -> Weighed {
+fn weigh_$b(row: u32, first: u32, key: u32, visible: u32, row_scale: f32, tile_scale: f32, maximum: f32) -> Weighed {
     var sum = vec4<f32>();
     var above = vec4<f32>(MASKED);
-//# for j in TILE_QUADS
+//# for j in PART_QUADS
     {
-        var x = s_quad(row, $ju) * score_scale(row_scale, tile_scale, $ju) - vec4<f32>(maximum);
+        let quad = first + $ju;
+        var x = s_quad(row, quad) * score_scale(row_scale, tile_scale, quad) - vec4<f32>(maximum);
         if ($bu == 1u) {
-            x = select(x, vec4<f32>(MASKED), is_masked(key, $ju, visible));
+            x = select(x, vec4<f32>(MASKED), is_masked(key, quad, visible));
         }
         above = max(above, x);
         let p = exp2(x);
         sum += p;
-        set_p_quad(row, $ju, p);
+        set_p_quad(row, quad, p);
     }
 //# end
     return Weighed(total(sum), largest(above));
 }
 //# end
 
-// The same for a row whose maximum may move, or is so large that a difference of scores must not be
-// fused with the product that made them: exactly 1 where a score is the maximum.
+// The same where some row's maximum must move, or is so large that a difference of scores must not be
+// fused with the product that made them: exactly 1 where a score is the maximum. All who share a row
+// look at all of it and come to the same maximum.
 struct Moved {
     sum: f32,
     maximum: f32,
 }
 
-fn move_row(row: u32, key: u32, visible: u32, row_scale: f32, tile_scale: f32, before: f32) -> Moved {
+fn move_row(row: u32, first: u32, key: u32, visible: u32, row_scale: f32, tile_scale: f32, before: f32) -> Moved {
     var top = vec4<f32>(MASKED);
     for (var j = 0u; j < TILE_QUADS; j++) {
         let s = s_quad(row, j) * score_scale(row_scale, tile_scale, j);
@@ -177,7 +188,7 @@ fn move_row(row: u32, key: u32, visible: u32, row_scale: f32, tile_scale: f32, b
     }
     let m = vec4<f32>(maximum);
     var sum = vec4<f32>();
-    for (var j = 0u; j < TILE_QUADS; j++) {
+    for (var j = first; j < first + PART_QUADS; j++) {
         let s = s_quad(row, j) * score_scale(row_scale, tile_scale, j);
         var p = select(exp2(s - m), vec4<f32>(1.0), s == m);
         p = select(p, vec4<f32>(), is_masked(key, j, visible));
@@ -222,9 +233,11 @@ fn main(
     let s_at = own * S_ITEMS;
     let p_at = own * P_ITEMS;
 
-    // The rows that this invocation has to itself: any whole rows do, workgroup barriers order all.
+    // The rows that are this invocation's, or its part of one: any will do, barriers order all.
+    let part = lane / ROWS;
+    let first = part * PART_QUADS;
 //# for r in LANE_ROWS
-    let row$r = lane + $ru * THREADS;
+    let row$r = lane % ROWS + $ru * THREADS;
     let visible$r = visible_keys(first_row + row$r);
     let scale$r = params.score_scale * q_scale(pair, first_row + row$r);
     var maximum$r = MASKED;
@@ -250,8 +263,8 @@ fn main(
 //# end
 
 //# if STAGED
-    // K and V travel through registers: while a tile is multiplied the next one is on its way. Whole
-    // tiles are read ahead, from memory that the padding of whole blocks keeps inside the bindings: the
+    // K and V travel through registers; AHEAD, while a tile is multiplied the next one is on its way.
+    // Whole tiles are read, from memory that the padding of whole blocks keeps inside the bindings: the
     // last tile is read once more instead of one past the end.
     let last = ((end + KEY_TILE - 1u) / KEY_TILE - min(end, 1u)) * KEY_TILE;
 //# for i in STAGE
@@ -262,7 +275,9 @@ fn main(
     if ($iu * THREADS + lane < KV_ITEMS) {
         room.k[kv_place($iu * THREADS + lane)] = k$i;
     }
+//# if AHEAD
     k$i = k_codes[k_start + min(KEY_TILE, last) * Q_ITEMS + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+//# end
 //# end
     workgroupBarrier();
 //# end
@@ -327,17 +342,28 @@ fn main(
         workgroupBarrier();
 //# if STAGED
         // Every subgroup is done with this tile of K and with the last one of V.
+//# if AHEAD
         let next_v = min(key + KEY_TILE, last) * V_ITEMS;
         let next_k = min(key + 2u * KEY_TILE, last) * Q_ITEMS;
+//# else
+        let next_v = key * V_ITEMS;
+        let next_k = min(key + KEY_TILE, last) * Q_ITEMS;
+//# for i in STAGE
+        v$i = values[v_start + next_v + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+        k$i = k_codes[k_start + next_k + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+//# end
+//# end
 //# for i in STAGE
         if ($iu * THREADS + lane < KV_ITEMS) {
             room.k[kv_place($iu * THREADS + lane)] = k$i;
             room.v[kv_place($iu * THREADS + lane)] = v$i;
         }
 //# end
+//# if AHEAD
 //# for i in STAGE
         v$i = values[v_start + next_v + min($iu * THREADS + lane, KV_ITEMS - 1u)];
         k$i = k_codes[k_start + next_k + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+//# end
 //# end
 //# end
 
@@ -345,29 +371,28 @@ fn main(
 //# for r in LANE_ROWS
         var weighed$r = Weighed();
         if (boundary) {
-            weighed$r = weigh_1(row$r, key, visible$r, scale$r, tile_scale, maximum$r);
+            weighed$r = weigh_1(row$r, first, key, visible$r, scale$r, tile_scale, maximum$r);
         } else {
-            weighed$r = weigh_0(row$r, key, visible$r, scale$r, tile_scale, maximum$r);
+            weighed$r = weigh_0(row$r, first, key, visible$r, scale$r, tile_scale, maximum$r);
         }
-        let moves$r = weighed$r.above > STALE || abs(maximum$r) > PLAIN_MAXIMUM;
-        if (moves$r) {
+        if (weighed$r.above > STALE || abs(maximum$r) > PLAIN_MAXIMUM) {
             room.moving = select(2u, 1u, key == 0u);
-        } else {
-            sum$r += weighed$r.sum;
         }
 //# end
         let move_now = workgroupUniformLoad(&room.moving);
-        if (move_now != 0u) {
+        if (move_now == 0u) {
 //# for r in LANE_ROWS
+            sum$r += weighed$r.sum;
+//# end
+        } else {
+//# for r in LANE_ROWS
+            let moved$r = move_row(row$r, first, key, visible$r, scale$r, tile_scale, maximum$r);
             var decay$r = 1.0;
-            if (moves$r) {
-                let moved = move_row(row$r, key, visible$r, scale$r, tile_scale, maximum$r);
-                if (moved.maximum > maximum$r) {
-                    decay$r = exp2(maximum$r - moved.maximum);
-                }
-                maximum$r = moved.maximum;
-                sum$r = sum$r * decay$r + moved.sum;
+            if (moved$r.maximum > maximum$r) {
+                decay$r = exp2(maximum$r - moved$r.maximum);
             }
+            maximum$r = moved$r.maximum;
+            sum$r = sum$r * decay$r + moved$r.sum;
 //# end
             if (lane == 0u) {
                 room.moving = 0u;
@@ -382,7 +407,7 @@ fn main(
 //# end
                 workgroupBarrier();
 //# for r in LANE_ROWS
-                for (var j = 0u; j < CHUNK_QUADS; j++) {
+                for (var j = part; j < CHUNK_QUADS; j += SPLIT) {
                     set_s_quad(row$r, j, s_quad(row$r, j) * decay$r);
                 }
 //# end
@@ -425,9 +450,12 @@ fn main(
     }
 
 //# for r in LANE_ROWS
-    room.row_sums[row$r] = sum$r;
-    if (LSE && first_row + row$r < params.q_len) {
-        write_lse(pair, first_row + row$r, maximum$r, sum$r);
+    room.row_sums[part * ROWS + row$r] = sum$r;
+//# end
+    workgroupBarrier();
+//# for r in LANE_ROWS
+    if (LSE && part == 0u && first_row + row$r < params.q_len) {
+        write_lse(pair, first_row + row$r, maximum$r, row_sum(row$r));
     }
 //# end
     let scales = params.v_scales + kv_pair * HEAD_DIM;
@@ -444,7 +472,7 @@ fn main(
         let quad = i % CHUNK_QUADS;
         if (first_row + row < params.q_len) {
             let start = row_start(params.out, batch, head, first_row + row);
-            write_group(start, $hu * CHUNK_QUADS + quad, s_quad(row, quad), room.row_sums[row], scales);
+            write_group(start, $hu * CHUNK_QUADS + quad, s_quad(row, quad), row_sum(row), scales);
         }
     }
 //# end

@@ -29,6 +29,8 @@ pub struct MatrixTile {
     /// Tiles of K and V go through workgroup memory, for all subgroups; otherwise each loads its own
     /// matrices from the bindings.
     pub staged: bool,
+    /// Staged tiles are read from memory one step before they are needed.
+    pub ahead: bool,
     /// Arrays that matrices are loaded from are made of vectors, so that single invocations read and
     /// write 16 bytes at a time. Metal's matrices want arrays of numbers.
     pub vector_items: bool,
@@ -45,6 +47,11 @@ impl MatrixTile {
     /// Invocations of a workgroup.
     pub const fn invocations(&self) -> u32 {
         self.subgroups * self.lanes
+    }
+
+    /// Invocations that share a row.
+    const fn split(&self) -> u32 {
+        self.invocations().div_ceil(self.rows())
     }
 
     /// Numbers from one row of S to the next: 16 bytes more than a tile, so that neighbours fall into
@@ -69,7 +76,8 @@ impl MatrixTile {
 
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self, k_uniform: bool) -> u32 {
-        let tiles = self.rows() * (4 * self.s_stride() + 2 * self.p_stride() + 4);
+        let row = 4 * self.s_stride() + 2 * self.p_stride() + 4 * self.split();
+        let tiles = self.rows() * row;
         let staged = if self.staged {
             2 * self.key_tile * 2 * (self.channels + 8)
         } else {
@@ -97,10 +105,14 @@ impl MatrixTile {
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
         let q = if self.q_resident { "q" } else { "" };
-        let q = if self.staged { "s" } else { q }.to_owned() + if self.staged { q } else { "" };
+        let staged = match (self.staged, self.ahead) {
+            (false, _) => "",
+            (true, false) => "s",
+            (true, true) => "sa",
+        };
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
-            "_mat{}x{}w{}k{}n{}{q}_lanes{}{items}",
+            "_mat{}x{}w{}k{}n{}{q}{staged}_lanes{}{items}",
             self.side, self.row_mats, self.subgroups, self.key_tile, self.key_step, self.lanes
         )
     }
@@ -125,7 +137,10 @@ impl MatrixTile {
             .number("SUBGROUPS", self.subgroups)
             .flag("MANY_SUBGROUPS", self.subgroups > 1)
             .number("ROW_MATS", self.row_mats)
-            .number("LANE_ROWS", self.rows() / self.invocations())
+            .number("SPLIT", self.split())
+            .number("LANE_ROWS", self.rows().div_ceil(self.invocations()))
+            .number("PART_QUADS", self.key_tile / 4 / self.split())
+            .flag("AHEAD", self.ahead)
             .number("KEY_TILE", self.key_tile)
             .number("KEY_MATS", self.key_tile / self.side)
             .number("KEY_STEP", self.key_step)
@@ -160,6 +175,7 @@ impl MatrixTile {
             key_step: 4,
             q_resident: true,
             staged: false,
+            ahead: false,
             vector_items: true,
             channels,
         };
@@ -170,6 +186,15 @@ impl MatrixTile {
                 key_tile: 32,
                 key_step: 1,
                 q_resident: false,
+                staged: true,
+                ahead: true,
+                ..big
+            },
+            Self {
+                subgroups: 8,
+                row_mats: 1,
+                key_tile: 32,
+                key_step: 2,
                 staged: true,
                 ..big
             },
@@ -186,6 +211,7 @@ impl MatrixTile {
             (false, false, false),
             (true, true, false),
             (false, true, true),
+            (true, false, false),
         ];
         let recipes = [
             (RowGroups::BLOCK_128, RowGroups::BLOCK_64),

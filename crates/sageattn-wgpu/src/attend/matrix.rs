@@ -84,6 +84,7 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, key_tile: u32) -> MatrixTile {
         key_step: key_tile / side,
         q_resident: head_dim <= 64,
         staged: false,
+        ahead: false,
         vector_items: facts.vector_items,
         channels: head_dim.next_multiple_of(16),
     }
