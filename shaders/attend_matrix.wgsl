@@ -72,8 +72,33 @@ var<workgroup> room: Room;
 const KV_STRIDE: u32 = (CHANNELS + 8u) / PER_ITEM;
 const KV_ITEMS: u32 = KEY_TILE * CHANNELS / PER_ITEM;
 
-fn kv_place(i: u32) -> u32 {
-    return (i / (CHANNELS / PER_ITEM)) * KV_STRIDE + i % (CHANNELS / PER_ITEM);
+const ROW_ITEMS: u32 = CHANNELS / PER_ITEM;
+
+// Where the i-th item of a tile lies, of those that an invocation stages.
+fn kv_place(lane: u32, i: u32) -> u32 {
+//# if STAGE_EVEN
+    return (lane / ROW_ITEMS) * KV_STRIDE + lane % ROW_ITEMS + i * (THREADS / ROW_ITEMS) * KV_STRIDE;
+//# else
+    let at = i * THREADS + lane;
+    return (at / ROW_ITEMS) * KV_STRIDE + at % ROW_ITEMS;
+//# end
+}
+
+// Which item that is. Past the end of a tile: one that is there, and is not stored.
+fn kv_item(lane: u32, i: u32) -> u32 {
+//# if STAGE_WHOLE
+    return i * THREADS + lane;
+//# else
+    return min(i * THREADS + lane, KV_ITEMS - 1u);
+//# end
+}
+
+fn kv_is_there(lane: u32, i: u32) -> bool {
+//# if STAGE_WHOLE
+    return true;
+//# else
+    return i * THREADS + lane < KV_ITEMS;
+//# end
 }
 //# end
 
@@ -268,15 +293,15 @@ fn main(
     // last tile is read once more instead of one past the end.
     let last = ((end + KEY_TILE - 1u) / KEY_TILE - min(end, 1u)) * KEY_TILE;
 //# for i in STAGE
-    var k$i = k_codes[k_start + min($iu * THREADS + lane, KV_ITEMS - 1u)];
-    var v$i = values[v_start + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+    var k$i = k_codes[k_start + kv_item(lane, $iu)];
+    var v$i = values[v_start + kv_item(lane, $iu)];
 //# end
 //# for i in STAGE
-    if ($iu * THREADS + lane < KV_ITEMS) {
-        room.k[kv_place($iu * THREADS + lane)] = k$i;
+    if (kv_is_there(lane, $iu)) {
+        room.k[kv_place(lane, $iu)] = k$i;
     }
 //# if AHEAD
-    k$i = k_codes[k_start + min(KEY_TILE, last) * Q_ITEMS + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+    k$i = k_codes[k_start + min(KEY_TILE, last) * Q_ITEMS + kv_item(lane, $iu)];
 //# end
 //# end
     workgroupBarrier();
@@ -349,20 +374,20 @@ fn main(
         let next_v = key * V_ITEMS;
         let next_k = min(key + KEY_TILE, last) * Q_ITEMS;
 //# for i in STAGE
-        v$i = values[v_start + next_v + min($iu * THREADS + lane, KV_ITEMS - 1u)];
-        k$i = k_codes[k_start + next_k + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+        v$i = values[v_start + next_v + kv_item(lane, $iu)];
+        k$i = k_codes[k_start + next_k + kv_item(lane, $iu)];
 //# end
 //# end
 //# for i in STAGE
-        if ($iu * THREADS + lane < KV_ITEMS) {
-            room.k[kv_place($iu * THREADS + lane)] = k$i;
-            room.v[kv_place($iu * THREADS + lane)] = v$i;
+        if (kv_is_there(lane, $iu)) {
+            room.k[kv_place(lane, $iu)] = k$i;
+            room.v[kv_place(lane, $iu)] = v$i;
         }
 //# end
 //# if AHEAD
 //# for i in STAGE
-        v$i = values[v_start + next_v + min($iu * THREADS + lane, KV_ITEMS - 1u)];
-        k$i = k_codes[k_start + next_k + min($iu * THREADS + lane, KV_ITEMS - 1u)];
+        v$i = values[v_start + next_v + kv_item(lane, $iu)];
+        k$i = k_codes[k_start + next_k + kv_item(lane, $iu)];
 //# end
 //# end
 //# end

@@ -150,6 +150,15 @@ impl MatrixTile {
             .number("QK_MATS", self.channels / self.side)
             .flag("STAGED", self.staged)
             .number("STAGE", self.stage_items().div_ceil(self.invocations()))
+            .flag(
+                "STAGE_WHOLE",
+                self.stage_items().is_multiple_of(self.invocations()),
+            )
+            .flag(
+                "STAGE_EVEN",
+                self.invocations()
+                    .is_multiple_of(self.stage_items() / self.key_tile),
+            )
             .number("CHUNKS", self.channels / self.chunk())
             .number("CHUNK_MATS", self.chunk() / self.side)
             .number("S_STRIDE", self.s_stride())

@@ -151,22 +151,22 @@ fn sweep() {
     let side = if big { 16 } else { 8 };
     // Subgroups, matrices of rows, keys of a tile, matrices of keys at a time, Q resident, staged, ahead.
     let tiles = [
-        (4, 2, 32, 2, false, true, true),
-        (8, 1, 32, 2, true, true, true),
-        (4, 1, 32, 2, true, true, true),
-        (8, 1, 32, 2, true, true, false),
-        (4, 1, 32, 2, true, true, false),
-        (4, 2, 32, 2, true, true, false),
-        (4, 2, 32, 2, false, true, false),
-        (8, 2, 16, 1, true, true, false),
+        (4, 2, 16, 1, true, true, true),
         (8, 2, 16, 1, true, true, true),
-        (4, 1, 64, 4, true, true, false),
-        (4, 1, 32, 2, true, false, false),
+        (4, 1, 32, 2, true, true, true),
+        (8, 1, 32, 2, true, true, true),
+        (4, 2, 16, 1, true, true, false),
+        (8, 2, 16, 1, true, true, false),
+        (4, 1, 32, 2, true, true, false),
+        (8, 1, 32, 2, true, true, false),
+        (4, 2, 32, 2, true, true, true),
+        (4, 2, 32, 2, true, true, false),
+        (2, 2, 16, 1, true, true, true),
         (4, 2, 32, 1, true, true, true),
-        (2, 2, 32, 2, true, true, false),
-        (1, 2, 32, 2, true, false, false),
         (8, 1, 16, 1, true, true, true),
+        (4, 1, 64, 4, true, true, false),
         (2, 2, 64, 4, true, true, false),
+        (4, 1, 64, 4, true, true, true),
     ];
     let dims = std::env::var("SWEEP_DIMS").unwrap_or_else(|_| "128,64".to_owned());
     for head_dim in dims.split(',').filter_map(|dim| dim.parse().ok()) {
