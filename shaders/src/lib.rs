@@ -15,12 +15,16 @@
 
 pub mod abi;
 mod attend;
+mod decode;
 mod unroll;
 mod variant;
 
 use unroll::{Constants, unroll};
 
 pub use attend::*;
+pub use decode::{
+    DecodeTile, DecodeVariant, MERGE_CHANNELS, MergeVariant, PACK_ROWS, decode_columns,
+};
 pub use variant::*;
 
 /// The parameter blocks, as the kernels declare them.
@@ -78,6 +82,11 @@ const VALUES_I8: Part = part!("values_i8.wgsl");
 const ATTENTION: Part = part!("lib/attention.wgsl");
 const ATTEND: Part = part!("attend.wgsl");
 const ATTEND_MATRIX: Part = part!("attend_matrix.wgsl");
+const EIGHT: Part = part!("lib/eight.wgsl");
+const READ_VECTORS: Part = part!("lib/read_vectors.wgsl");
+const READ_WORDS: Part = part!("lib/read_words.wgsl");
+const DECODE: Part = part!("decode.wgsl");
+const MERGE: Part = part!("merge.wgsl");
 const SELF_TEST: Part = part!("self_test.wgsl");
 
 /// The `const` lines at the head of a module.

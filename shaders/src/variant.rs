@@ -1,8 +1,9 @@
 //! What can be composed: one row per stage, and the constants that tell its variants apart.
 
 use crate::{
-    ABI, AttendVariant, CHANNELS, CHANNELS_FINISH, CODES, Codes, HALF, Kernel, LOAD, Prelude,
-    QUANTIZE_ROWS, RANGE, SELF_TEST, SPLIT_ROWS, VALUES_F16, VALUES_I8, VALUES_ROWS,
+    ABI, AttendVariant, CHANNELS, CHANNELS_FINISH, CODES, Codes, DecodeVariant, HALF, Kernel, LOAD,
+    MergeVariant, Prelude, QUANTIZE_ROWS, RANGE, SELF_TEST, SPLIT_ROWS, VALUES_F16, VALUES_I8,
+    VALUES_ROWS,
 };
 
 /// Invocations of the workgroups of every stage but the attention kernel.
@@ -179,6 +180,10 @@ pub enum Variant {
     ValuesI8(ValuesVariant),
     /// The attention kernel.
     Attend(AttendVariant),
+    /// Decoding: a few queries against ranges of keys.
+    Decode(DecodeVariant),
+    /// The ranges' results put together.
+    Merge(MergeVariant),
     /// The device self-test.
     SelfTest,
 }
@@ -213,6 +218,8 @@ impl Variant {
             Self::ValuesRows(v) => format!("values_rows_{}p{}", v.name(), v.pv_dim),
             Self::ValuesI8(v) => format!("values_i8_{}", v.name()),
             Self::Attend(v) => v.name(),
+            Self::Decode(v) => v.name(),
+            Self::Merge(v) => v.name(),
             Self::SelfTest => "self_test".to_owned(),
         }
     }
@@ -277,6 +284,8 @@ impl Variant {
                 prelude.compose(name, &[ABI, LOAD, CODES, VALUES_I8])
             }
             Self::Attend(v) => v.compose(prelude, native),
+            Self::Decode(v) => v.compose(prelude, native),
+            Self::Merge(v) => v.compose(prelude, native),
             Self::SelfTest => prelude.compose(name, &[SELF_TEST]),
         }
     }
@@ -323,6 +332,14 @@ impl Variant {
                     }));
                 }
                 all.extend(AttendVariant::samples(dtype, head_dim).map(Self::Attend));
+                all.extend(DecodeVariant::samples(dtype, head_dim).map(Self::Decode));
+                all.extend([false, true].map(|lse| {
+                    Self::Merge(MergeVariant {
+                        dtype,
+                        head_dim,
+                        lse,
+                    })
+                }));
             }
         }
         all

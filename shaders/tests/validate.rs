@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use sageattn_shaders::abi::{AttendParams, TensorParams, View};
+use sageattn_shaders::abi::{AttendParams, DecodeParams, MergeParams, TensorParams, View};
 use sageattn_shaders::{ABI_WGSL, Kernel, Native, Variant};
 
 /// Parses and validates a variant with the capabilities that it may ask for and no others.
@@ -62,8 +62,10 @@ fn the_replacements_for_broken_instructions_validate() {
 #[test]
 fn workgroup_memory_is_what_the_tile_says() {
     for variant in Variant::all() {
-        let Variant::Attend(attend) = variant else {
-            continue;
+        let (bytes, invocations) = match variant {
+            Variant::Attend(v) => (v.workgroup_bytes(), v.invocations()),
+            Variant::Decode(v) => (v.workgroup_bytes(), v.tile.invocations),
+            _ => continue,
         };
         let (kernel, module) = validate(&variant, Native::ALL).unwrap();
         let mut layouter = naga::proc::Layouter::default();
@@ -74,9 +76,9 @@ fn workgroup_memory_is_what_the_tile_says() {
             .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
             .map(|(_, v)| layouter[v.ty].size)
             .sum();
-        assert_eq!(declared, attend.workgroup_bytes(), "{}", kernel.name);
+        assert_eq!(declared, bytes, "{}", kernel.name);
         let size = module.entry_points[0].workgroup_size;
-        assert_eq!(size, [attend.invocations(), 1, 1], "{}", kernel.name);
+        assert_eq!(size, [invocations, 1, 1], "{}", kernel.name);
     }
 }
 
@@ -128,6 +130,38 @@ fn host_structs_match_the_shaders() {
         lse_bias,
         softmax_scale,
         unused
+    });
+    check!(DecodeParams {
+        q,
+        k,
+        v,
+        heads,
+        heads_per_kv,
+        first_pair,
+        first_block,
+        packs,
+        splits,
+        q_len,
+        kv_len,
+        causal_shift,
+        partial_o,
+        partial_stats,
+        score_scale
+    });
+    check!(MergeParams {
+        out,
+        heads,
+        heads_per_kv,
+        first_pair,
+        first_block,
+        packs,
+        splits,
+        q_len,
+        partial_o,
+        partial_stats,
+        lse,
+        unused0,
+        unused1
     });
     check!(AttendParams {
         out,

@@ -79,7 +79,7 @@ impl Kernels {
 }
 
 /// How many keys query 0 sees beyond one.
-fn causal_shift(mask: Mask, q_len: usize, kv_len: usize) -> i32 {
+pub(crate) fn causal_shift(mask: Mask, q_len: usize, kv_len: usize) -> i32 {
     match mask {
         Mask::Causal(Align::BottomRight) => {
             // Lengths are at most 2^30, so the difference fits.

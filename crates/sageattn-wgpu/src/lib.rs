@@ -27,12 +27,14 @@
 //! | `pipeline` | kernels compiled once per device, and how they are recorded |
 //! | `tier`, `tune` | the ways to compute attention, and which one a call takes; what was tried out |
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
+//! | `decode` | a few queries against many keys, without quantization |
 //! | `plan` | the sequence of the stages for one problem |
 //!
 //! The major version of wgpu is part of this crate's interface: use it through [`wgpu`].
 
 mod attend;
 mod buffer;
+mod decode;
 mod device;
 mod memory;
 mod pipeline;

@@ -97,6 +97,31 @@ impl Workspace {
         }
     }
 
+    /// A workspace without codes: all of it is f32.
+    pub(crate) fn of_floats(scratch: Scratch) -> Self {
+        let none = |name| ScratchRange {
+            name,
+            kind: ScratchType::Bytes,
+            shape: vec![1, 1, 0, 0],
+            offset: 0,
+            bytes: 0,
+        };
+        Self {
+            scratch,
+            code_bytes: 0,
+            q_codes: none("q_codes"),
+            k_codes: none("k_codes"),
+            values: none("values"),
+            floats: 0,
+            q_scales: none("q_scales"),
+            k_scales: none("k_scales"),
+            k_mean: None,
+            v_scales: None,
+            lse_bias: None,
+            partials: None,
+        }
+    }
+
     /// Bytes of the range of all f32 numbers.
     pub(crate) fn float_bytes(&self) -> u64 {
         self.scratch.bytes() - self.floats
@@ -359,7 +384,8 @@ impl<'a> Binder<'a> {
 impl Context {
     /// Offset and size of the binding that holds the bytes from `start` to `end`.
     fn aligned(&self, start: u64, end: u64) -> (u64, u64) {
-        let align = u64::from(self.facts.limits.min_storage_buffer_offset_alignment).max(4);
+        // At least a vector: rows that start on one in their buffer do so in the binding.
+        let align = u64::from(self.facts.limits.min_storage_buffer_offset_alignment).max(16);
         let offset = start / align * align;
         (offset, end.next_multiple_of(4) - offset)
     }
