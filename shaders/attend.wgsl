@@ -6,6 +6,10 @@
 //           lse_bias [pair, q_len]
 //   -> out [batch, heads, q_len, head_dim], lse [pair, q_len]
 //
+// SPLIT, for few queries: a workgroup takes one range of SPLIT_KEYS keys of a KV head, and its rows are
+// the queries of all the query heads that share it, each head's on a multiple of four.
+//   -> floats: partial_o, partial_stats, as decode.wgsl describes them; merge.wgsl makes O and LSE of them
+//
 // One workgroup per ROWS queries and pair. An invocation holds four rows: of the scores the four keys
 // column, column + 16, + 32, + 48 of a tile; of O four channels of every group of 64. The 16 columns of
 // a row meet only in its maximum, once per tile, and in its sums, once at the end.
@@ -111,11 +115,33 @@ fn sum_of(row: u32) -> f32 {
     return (x.x + x.y) + (x.z + x.w);
 }
 
-fn stage_queries(lane: u32, at: u32, chunk: u32) {
+// Where a row of the queries of `pair` is: itself, or, where heads are packed, `pair` is a KV head's and
+// the row one of a query head that shares it. Rows behind the last one repeat its head's.
+struct Query {
+    pair: u32,
+    index: u32,
+}
+
+// Rows of a packed head: an invocation's four rows are of one head.
+fn pitch() -> u32 {
+    return (params.q_len + 3u) & ~3u;
+}
+
+fn query_of(pair: u32, row: u32) -> Query {
+    if (SPLIT) {
+        let head = min(row / pitch(), params.heads_per_kv - 1u);
+        return Query(pair * params.heads_per_kv + head, row % pitch());
+    }
+    return Query(pair, row);
+}
+
+fn stage_queries(lane: u32, pair: u32, first_row: u32, chunk: u32) {
     for (var i = lane; i < ROWS * QK_VECS; i += THREADS) {
         let row = i / QK_VECS;
         let vec = i % QK_VECS;
-        staged[row * QK_STRIDE + vec] = q_codes[at + row * (QK_DIM / 16u) + chunk * QK_VECS + vec];
+        let query = query_of(pair, first_row + row);
+        let at = params.q_codes + (query.pair * params.q_padded + query.index) * (QK_DIM / 16u);
+        staged[row * QK_STRIDE + vec] = q_codes[at + chunk * QK_VECS + vec];
     }
 }
 
@@ -192,22 +218,48 @@ fn write_row(place: Place, query: u32, column: u32, row: Row) {
     }
 }
 
+// Four channels of four rows, not divided yet: one vector of rows per channel.
+fn write_partial(place: u32, quad: u32, o: mat4x4<f32>) {
+    if (quad / 2u >= COLUMNS_OF_8) {
+        return;
+    }
+    let rows = transpose(o);
+    let at = params.partial_o + place * 8u * COLUMNS_OF_8 + (quad % 2u) * 4u * COLUMNS_OF_8 + quad / 2u;
+    write_vector(at, rows[0]);
+    write_vector(at + COLUMNS_OF_8, rows[1]);
+    write_vector(at + 2u * COLUMNS_OF_8, rows[2]);
+    write_vector(at + 3u * COLUMNS_OF_8, rows[3]);
+}
+
+fn write_vector(at: u32, x: vec4<f32>) {
+    floats[4u * at] = x.x;
+    floats[4u * at + 1u] = x.y;
+    floats[4u * at + 2u] = x.z;
+    floats[4u * at + 3u] = x.w;
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    // A query head's, or where heads are packed a KV head's.
     let pair = params.first_pair + group.y;
     let batch = pair / params.heads;
     let head = pair % params.heads;
     let kv_heads = params.heads / params.heads_per_kv;
-    let kv_pair = batch * kv_heads + head / params.heads_per_kv;
+    let kv_pair = select(batch * kv_heads + head / params.heads_per_kv, pair, SPLIT);
     var tile = params.first_tile + group.x;
-    if (CAUSAL) {
+    var begin = 0u;
+    if (SPLIT) {
+        begin = (tile / params.tiles) * SPLIT_KEYS;
+        tile = tile % params.tiles;
+    } else if (CAUSAL) {
         // The last queries see the most keys: they start first, so that no long tile runs alone.
         tile = params.tiles - 1u - tile;
     }
     let first_row = tile * ROWS;
     let column = lane % COLUMNS;
     let row = 4u * (lane / COLUMNS);
-    let query = first_row + row;
+    let q_pair = query_of(pair, first_row + row).pair;
+    let query = query_of(pair, first_row + row).index;
 
     let visible = vec4<u32>(
         visible_keys(query),
@@ -216,18 +268,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         visible_keys(query + 3u),
     );
     // The keys that any row of the workgroup sees, and those that every row sees.
-    let end = visible_keys(min(first_row + ROWS, params.q_len) - 1u);
-    let unmasked = visible_keys(first_row);
+    var end = visible_keys(min(first_row + ROWS, params.q_len) - 1u);
+    var unmasked = visible_keys(first_row);
+    if (SPLIT) {
+        end = min(visible_keys(params.q_len - 1u), begin + SPLIT_KEYS);
+        unmasked = visible_keys(0u);
+    }
 
-    let q_at = params.q_codes + (pair * params.q_padded + first_row) * (QK_DIM / 16u);
     let row_scale = params.score_scale * vec4<f32>(
-        q_scale(pair, query),
-        q_scale(pair, query + 1u),
-        q_scale(pair, query + 2u),
-        q_scale(pair, query + 3u),
+        q_scale(q_pair, query),
+        q_scale(q_pair, query + 1u),
+        q_scale(q_pair, query + 2u),
+        q_scale(q_pair, query + 3u),
     );
     if (Q_RESIDENT) {
-        stage_queries(lane, q_at, 0u);
+        stage_queries(lane, pair, first_row, 0u);
     }
 
     var state = State();
@@ -236,7 +291,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var o1 = mat4x4<f32>();
     var o2 = mat4x4<f32>();
     var o3 = mat4x4<f32>();
-    for (var key = 0u; key < end; key += KEY_TILE) {
+    for (var key = begin; key < end; key += KEY_TILE) {
         let k_at = params.k_codes + (kv_pair * params.kv_padded + key) * (QK_DIM / 16u);
         let v_at = params.values
             + (kv_pair * (params.kv_padded / KEY_TILE) + key / KEY_TILE) * (V_TILE_ROWS * (PV_DIM / 4u));
@@ -249,7 +304,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var products = Products();
         for (var chunk = 0u; chunk < QK_CHUNKS; chunk++) {
             if (!Q_RESIDENT) {
-                stage_queries(lane, q_at, chunk);
+                stage_queries(lane, pair, first_row, chunk);
             }
             stage_keys(lane, k_at, chunk);
             workgroupBarrier();
@@ -319,6 +374,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var unrounded = vec4<f32>();
     if (LSE) {
         unrounded = row_sum(row, column, state.unrounded);
+    }
+    if (SPLIT) {
+        let packs = params.heads_per_kv * (pitch() / 4u);
+        let pack = (first_row + row) / 4u;
+        if (pack < packs) {
+            let at = (pair * packs + pack) * params.splits + begin / SPLIT_KEYS;
+            write_partial(at, column, o0);
+            if (GROUPS > 1u) { write_partial(at, column + 16u, o1); }
+            if (GROUPS > 2u) { write_partial(at, column + 32u, o2); }
+            if (GROUPS > 3u) { write_partial(at, column + 48u, o3); }
+            if (column == 0u) {
+                write_vector(params.partial_stats + at * 3u, state.maximum);
+                write_vector(params.partial_stats + at * 3u + 1u, sum);
+                write_vector(params.partial_stats + at * 3u + 2u, unrounded);
+            }
+        }
+        return;
     }
     let place = Place(batch, head, pair, params.v_scales + kv_pair * HEAD_DIM);
     write_row(place, query, column, Row(o0[0], o1[0], o2[0], o3[0], state.maximum.x, sum.x, unrounded.x));

@@ -2,6 +2,7 @@
 // merged by their maxima and sums, become O and LSE.
 //
 //   floats: partial_o [pack, splits, 8, COLUMNS], partial_stats [pack, splits, 3], as decode.wgsl writes them
+//           v_scales [KV pair, HEAD_DIM], lse_bias [pair, q_len], where the recipe has them
 //   -> out [batch, heads, q_len, HEAD_DIM], lse [pair, q_len]
 //
 // One workgroup per pack of four rows and 32 channels: eight invocations of four channels each by 32
@@ -78,26 +79,50 @@ fn part_at(at: u32) -> Part {
     );
 }
 
+fn float_at(at: u32) -> f32 {
+    return floats[at / 4u][at % 4u];
+}
+
+// V's scales of four channels; those behind the last channel are not used.
+fn scales_of(kv_pair: u32, quad: u32) -> vec4<f32> {
+    let at = params.v_scales + kv_pair * HEAD_DIM + 4u * quad;
+    let last = HEAD_DIM - 1u - 4u * quad;
+    return vec4<f32>(
+        float_at(at),
+        float_at(at + min(1u, last)),
+        float_at(at + min(2u, last)),
+        float_at(at + min(3u, last)),
+    );
+}
+
 // One row's four channels, divided by the row's sum. A row that sees no key has none: O is zero.
 fn write_row(batch: u32, kv_head: u32, row: u32, quad: u32, o: vec4<f32>, maximum: f32, sum: f32, unrounded: f32) {
-    if (row >= params.heads_per_kv * params.q_len) {
+    let query = row % params.pitch;
+    if (row >= params.heads_per_kv * params.pitch || query >= params.q_len) {
         return;
     }
-    let head = kv_head * params.heads_per_kv + row / params.q_len;
-    let query = row % params.q_len;
+    let head = kv_head * params.heads_per_kv + row / params.pitch;
     if (4u * quad < HEAD_DIM) {
         var x = vec4<f32>();
         if (sum > 0.0) {
             x = o / sum;
         }
+        if (V_SCALED) {
+            x *= scales_of(batch * (params.heads / params.heads_per_kv) + kv_head, quad);
+        }
         store_quad(row_start(params.out, batch, head, query), quad, x);
     }
     if (LSE && quad == 0u) {
+        let at = (batch * params.heads + head) * params.q_len + query;
         var bits = MINUS_INFINITY_BITS;
         if (unrounded > 0.0) {
-            bits = bitcast<u32>((maximum + log2(unrounded)) * LN_2);
+            var x = (maximum + log2(unrounded)) * LN_2;
+            if (LSE_BIAS) {
+                x += float_at(params.lse_bias + at);
+            }
+            bits = bitcast<u32>(x);
         }
-        lse[params.lse + (batch * params.heads + head) * params.q_len + query] = bits;
+        lse[params.lse + at] = bits;
     }
 }
 

@@ -79,12 +79,19 @@ struct MergeParams {
     packs: u32,
     splits: u32,
     q_len: u32,
+    // Rows of the packs that each query head takes: q_len, or more where heads are not packed densely.
+    pitch: u32,
+    // First vec4 of the slice in `floats`.
     partial_o: u32,
     partial_stats: u32,
+    // First f32 of the slice in `floats`, for each range kept there.
+    v_scales: u32,
+    lse_bias: u32,
     // First f32 of the slice in `lse`.
     lse: u32,
     unused0: u32,
     unused1: u32,
+    unused2: u32,
 }
 
 struct AttendParams {
@@ -118,7 +125,8 @@ struct AttendParams {
     lse: u32,
     // Softmax scale times log2(e).
     score_scale: f32,
-    unused0: u32,
-    unused1: u32,
-    unused2: u32,
+    // Where keys are split: ranges, and the first vec4 of the slice in `floats` of their results.
+    splits: u32,
+    partial_o: u32,
+    partial_stats: u32,
 }

@@ -112,16 +112,24 @@ pub struct MergeParams {
     pub splits: u32,
     /// Queries per head.
     pub q_len: u32,
+    /// Rows of the packs that each query head takes.
+    pub pitch: u32,
     /// First partial result of the slice in the binding `floats`, in `vec4`.
     pub partial_o: u32,
     /// First statistics of the slice in `floats`, in `vec4`.
     pub partial_stats: u32,
+    /// First V scale of the slice in `floats`.
+    pub v_scales: u32,
+    /// First LSE correction of the slice in `floats`.
+    pub lse_bias: u32,
     /// First element of the slice in the binding `lse`.
     pub lse: u32,
     /// Padding to 16 bytes.
     pub unused0: u32,
     /// Padding to 16 bytes.
     pub unused1: u32,
+    /// Padding to 16 bytes.
+    pub unused2: u32,
 }
 
 /// Parameters of the attention kernel.
@@ -172,10 +180,10 @@ pub struct AttendParams {
     pub lse: u32,
     /// Softmax scale times log2(e).
     pub score_scale: f32,
-    /// Padding to 16 bytes.
-    pub unused0: u32,
-    /// Padding to 16 bytes.
-    pub unused1: u32,
-    /// Padding to 16 bytes.
-    pub unused2: u32,
+    /// Ranges of keys, where they are split.
+    pub splits: u32,
+    /// First partial result of the slice in `floats`, in `vec4`.
+    pub partial_o: u32,
+    /// First statistics of the slice in `floats`, in `vec4`.
+    pub partial_stats: u32,
 }

@@ -184,8 +184,17 @@ impl AttendVariant {
         self.k_groups.slots == 1 && self.k_groups.block.is_multiple_of(key_tile)
     }
 
+    /// Keys of a workgroup's range where keys are split over workgroups; `None` where they are not.
+    pub const fn split(&self) -> Option<u32> {
+        match self.kernel {
+            AttendKernel::Dot(DotTile { split: 0, .. }) => None,
+            AttendKernel::Dot(tile) => Some(tile.split),
+            AttendKernel::Matrix(_) => None,
+        }
+    }
+
     /// Whether V has a factor per channel.
-    const fn v_scaled(&self) -> bool {
+    pub const fn v_scaled(&self) -> bool {
         match self.pv {
             Pv::F16 => !matches!(self.dtype, DType::F16),
             Pv::I8 => true,

@@ -44,6 +44,10 @@ pub struct MergeVariant {
     pub head_dim: u32,
     /// Write the log-sum-exp.
     pub lse: bool,
+    /// Add the correction for the means subtracted from K.
+    pub lse_bias: bool,
+    /// Multiply each channel by V's factor.
+    pub v_scaled: bool,
 }
 
 /// Invocations that share a key, each with eight of its channels.
@@ -132,8 +136,17 @@ impl DecodeVariant {
 impl MergeVariant {
     /// The name by which caches, tests and logs know it.
     pub fn name(&self) -> String {
-        let lse = if self.lse { "_lse" } else { "" };
-        format!("merge_{}_d{}{lse}", self.dtype.name(), self.head_dim)
+        let lse = match (self.lse, self.lse_bias) {
+            (false, _) => "",
+            (true, false) => "_lse",
+            (true, true) => "_lse_smooth",
+        };
+        let scaled = if self.v_scaled { "_scaled" } else { "" };
+        format!(
+            "merge_{}_d{}{scaled}{lse}",
+            self.dtype.name(),
+            self.head_dim
+        )
     }
 
     pub(crate) fn compose(&self, prelude: Prelude, native: Native) -> Kernel {
@@ -142,7 +155,23 @@ impl MergeVariant {
             .number("COLUMNS", decode_columns(self.head_dim))
             .number("CHANNEL_GROUPS", self.head_dim.div_ceil(MERGE_CHANNELS))
             .flag("LSE", self.lse)
+            .flag("LSE_BIAS", self.lse_bias)
+            .flag("V_SCALED", self.v_scaled)
             .flag("NATIVE_PACK", native.pack);
         prelude.compose(self.name(), &[ABI, HALF, STORE, MERGE])
+    }
+
+    /// Variants that visit every value of every axis.
+    pub(crate) fn samples(dtype: DType, head_dim: u32) -> impl Iterator<Item = Self> {
+        let axes = [(false, false), (true, false), (true, true)];
+        axes.into_iter()
+            .zip([true, false, true])
+            .map(move |((lse, lse_bias), v_scaled)| Self {
+                dtype,
+                head_dim,
+                lse,
+                lse_bias,
+                v_scaled,
+            })
     }
 }

@@ -333,13 +333,7 @@ impl Variant {
                 }
                 all.extend(AttendVariant::samples(dtype, head_dim).map(Self::Attend));
                 all.extend(DecodeVariant::samples(dtype, head_dim).map(Self::Decode));
-                all.extend([false, true].map(|lse| {
-                    Self::Merge(MergeVariant {
-                        dtype,
-                        head_dim,
-                        lse,
-                    })
-                }));
+                all.extend(MergeVariant::samples(dtype, head_dim).map(Self::Merge));
             }
         }
         all

@@ -157,11 +157,15 @@ fn host_structs_match_the_shaders() {
         packs,
         splits,
         q_len,
+        pitch,
         partial_o,
         partial_stats,
+        v_scales,
+        lse_bias,
         lse,
         unused0,
-        unused1
+        unused1,
+        unused2
     });
     check!(AttendParams {
         out,
@@ -186,8 +190,8 @@ fn host_structs_match_the_shaders() {
         lse_bias,
         lse,
         score_scale,
-        unused0,
-        unused1,
-        unused2
+        splits,
+        partial_o,
+        partial_stats
     });
 }

@@ -2,30 +2,21 @@
 //! than attending to them once, so nothing is prepared: each workgroup takes a range of the keys where
 //! the caller has them, and a second dispatch merges the ranges.
 
-use sageattn_core::scratch::{Scratch, ScratchRange, ScratchType};
+use sageattn_core::scratch::Scratch;
 use sageattn_core::{Error, Mask, Outputs, Problem, Shape};
-use sageattn_shaders::abi::{DecodeParams, MergeParams};
-use sageattn_shaders::{
-    DecodeTile, DecodeVariant, MERGE_CHANNELS, MergeVariant, PACK_ROWS, Variant, decode_columns,
-};
+use sageattn_shaders::abi::DecodeParams;
+use sageattn_shaders::{DecodeTile, DecodeVariant, MergeVariant, PACK_ROWS, Variant};
 
 use crate::attend::causal_shift;
 use crate::device::Context;
 use crate::memory::{Binder, Side, Slice, Workspace, index};
+use crate::merge::{self, FEW_QUERIES, RangeResults};
 use crate::pipeline::{Step, cut};
 use crate::quantize::shader_dtype;
 
 /// Queries that the kernel takes. It reads the keys once per four query rows: beyond a few it is right
 /// and slow, and beyond this its partial results outgrow the keys.
 pub(crate) const MAX_QUERIES: usize = 128;
-
-/// Queries up to which decoding beats quantizing first.
-const FEW_QUERIES: usize = 16;
-
-/// Workgroups that keep the largest GPU busy. wgpu does not tell how many multiprocessors there are; the
-/// largest have about 130, and two workgroups of each cover each other's waiting. A smaller GPU takes
-/// them in turns: its ranges are shorter than need be, which costs a few partial results.
-const WORKGROUPS: usize = 2 * 132;
 
 /// Whether a problem is one of decoding.
 pub(crate) fn suits(problem: &Problem) -> bool {
@@ -37,14 +28,18 @@ pub(crate) fn suits(problem: &Problem) -> bool {
 pub(crate) struct Decode {
     decode: DecodeVariant,
     merge: MergeVariant,
-    partial_o: ScratchRange,
-    partial_stats: ScratchRange,
+    results: RangeResults,
 }
 
 /// How the keys are divided: the longest ranges that give enough workgroups, within the device's
 /// workgroup memory.
 pub(crate) fn tile(limits: &wgpu::Limits, shape: &Shape, variant: DecodeVariant) -> DecodeTile {
-    let packs = packs(shape) * shape.batch * shape.kv_heads;
+    const SMALLEST: DecodeTile = DecodeTile {
+        invocations: 128,
+        split: 128,
+    };
+    let tiles = [(256, 512), (256, 256), (128, 256)]
+        .map(|(invocations, split)| DecodeTile { invocations, split });
     let fits = |tile: &DecodeTile| {
         let variant = DecodeVariant {
             tile: *tile,
@@ -52,17 +47,11 @@ pub(crate) fn tile(limits: &wgpu::Limits, shape: &Shape, variant: DecodeVariant)
         };
         variant.workgroup_bytes() <= limits.max_compute_workgroup_storage_size
     };
-    let mut tiles = [(256, 512), (256, 256), (128, 256), (128, 128)]
-        .map(|(invocations, split)| DecodeTile { invocations, split })
-        .into_iter()
-        .filter(fits);
-    let smallest = DecodeTile {
-        invocations: 128,
-        split: 128,
-    };
-    let enough =
-        |tile: &DecodeTile| packs * shape.kv_len.div_ceil(tile.split as usize) >= WORKGROUPS;
-    tiles.find(enough).unwrap_or(smallest)
+    let mut tiles: Vec<_> = tiles.into_iter().filter(fits).collect();
+    tiles.push(SMALLEST);
+    let packs = packs(shape) * shape.batch * shape.kv_heads;
+    let keys = |tile: DecodeTile| tile.split as usize;
+    merge::longest(&tiles, keys, shape.kv_len, packs).unwrap_or(SMALLEST)
 }
 
 /// Packs of query rows per KV head.
@@ -89,30 +78,19 @@ impl Decode {
             },
         };
         let tile = tile(&context.facts.limits, shape, decode);
-        let splits = shape.kv_len.div_ceil(tile.split as usize) as u64;
         let mut scratch = Scratch::default();
-        let mut push = |name, vectors: u32| {
-            let [batch, kv_heads] = [shape.batch, shape.kv_heads].map(|n| n as u64);
-            let extents = [
-                batch,
-                kv_heads,
-                packs(shape) as u64,
-                splits,
-                4 * u64::from(vectors),
-            ];
-            scratch.push(name, ScratchType::F32, &extents)
-        };
-        let partial_o = push("partial_o", 8 * decode_columns(head_dim));
-        let partial_stats = push("partial_stats", 3);
+        let splits = shape.kv_len.div_ceil(tile.split as usize);
+        let results = RangeResults::push(&mut scratch, shape, packs(shape), splits);
         let decode = Self {
             decode: DecodeVariant { tile, ..decode },
             merge: MergeVariant {
                 dtype,
                 head_dim,
                 lse,
+                lse_bias: false,
+                v_scaled: false,
             },
-            partial_o,
-            partial_stats,
+            results,
         };
         (decode, Workspace::of_floats(scratch))
     }
@@ -134,7 +112,10 @@ impl Decode {
         slices: &[Slice],
     ) -> Result<Vec<Step<'a>>, Error> {
         let decode = slices.iter().map(|slice| self.decode_step(binder, slice));
-        let merge = slices.iter().map(|slice| self.merge_step(binder, slice));
+        let pitch = binder.io.problem().shape().q_len;
+        let merge = slices
+            .iter()
+            .map(|slice| self.results.merge(binder, slice, self.merge, pitch));
         decode.chain(merge).collect()
     }
 
@@ -144,9 +125,9 @@ impl Decode {
         let (q, q_view) = binder.tensor("q", binder.io.q(), slice, Side::Q)?;
         let (k, k_view) = binder.tensor("k", binder.io.k(), slice, Side::Kv)?;
         let (v, v_view) = binder.tensor("v", binder.io.v(), slice, Side::Kv)?;
-        let (pair, pairs) = slice.pairs(Side::Kv);
-        let w = binder.workspace;
-        let (packs, splits) = (self.partial_o.shape[2], self.partial_o.shape[3]);
+        let pairs = slice.pairs(Side::Kv).1;
+        let (packs, splits) = (self.results.packs(), self.results.splits());
+        let [partial_o, partial_stats] = self.results.starts(binder, slice);
         let params = DecodeParams {
             q: q_view,
             k: k_view,
@@ -158,8 +139,8 @@ impl Decode {
             q_len: index(shape.q_len as u64),
             kv_len: index(shape.kv_len as u64),
             causal_shift: causal_shift(problem.mask(), shape.q_len, shape.kv_len),
-            partial_o: w.float_index(Some(&self.partial_o), pair) / 4,
-            partial_stats: w.float_index(Some(&self.partial_stats), pair) / 4,
+            partial_o,
+            partial_stats,
             score_scale: problem.softmax_scale() * std::f32::consts::LOG2_E,
             ..DecodeParams::default()
         };
@@ -177,49 +158,6 @@ impl Decode {
                 ops,
                 |first_block, first_pair| {
                     let params = DecodeParams {
-                        first_block,
-                        first_pair,
-                        ..params
-                    };
-                    bytemuck::bytes_of(&params).to_vec()
-                },
-            ),
-        })
-    }
-
-    fn merge_step<'a>(&self, binder: &Binder<'a>, slice: &Slice) -> Result<Step<'a>, Error> {
-        let shape = binder.io.problem().shape();
-        let (out, out_view) = binder.tensor("out", binder.io.out(), slice, Side::Q)?;
-        let (lse, lse_start) = binder.lse(slice)?;
-        let (pair, pairs) = slice.pairs(Side::Kv);
-        let w = binder.workspace;
-        let (packs, splits) = (self.partial_o.shape[2], self.partial_o.shape[3]);
-        let params = MergeParams {
-            out: out_view,
-            heads: index(slice.heads(Side::Q).1 as u64),
-            heads_per_kv: index(shape.heads_per_kv() as u64),
-            packs: index(packs),
-            splits: index(splits),
-            q_len: index(shape.q_len as u64),
-            partial_o: w.float_index(Some(&self.partial_o), pair) / 4,
-            partial_stats: w.float_index(Some(&self.partial_stats), pair) / 4,
-            lse: index(lse_start / 4),
-            ..MergeParams::default()
-        };
-        let groups = shape.head_dim.div_ceil(MERGE_CHANNELS as usize) as u64;
-        let ops = 4 * splits * u64::from(PACK_ROWS * MERGE_CHANNELS);
-        let context = binder.context;
-        Ok(Step {
-            stage: "merge",
-            pipeline: (context.pipelines).get(context, &Variant::Merge(self.merge))?,
-            bindings: vec![binder.floats(), out, lse],
-            dispatches: cut(
-                context,
-                packs * groups,
-                pairs as u64,
-                ops,
-                |first_block, first_pair| {
-                    let params = MergeParams {
                         first_block,
                         first_pair,
                         ..params

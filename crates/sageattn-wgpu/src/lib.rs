@@ -28,6 +28,7 @@
 //! | `tier`, `tune` | the ways to compute attention, and which one a call takes; what was tried out |
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
 //! | `decode` | a few queries against many keys, without quantization |
+//! | `merge` | keys split over workgroups: the ranges' results, put together |
 //! | `plan` | the sequence of the stages for one problem |
 //!
 //! The major version of wgpu is part of this crate's interface: use it through [`wgpu`].
@@ -37,6 +38,7 @@ mod buffer;
 mod decode;
 mod device;
 mod memory;
+mod merge;
 mod pipeline;
 mod plan;
 mod quantize;

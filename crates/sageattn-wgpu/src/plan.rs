@@ -8,7 +8,9 @@ use sageattn_core::{
     Buffer, Clock, Description, Divisor, Error, Grouping, Io, Mask, Outputs, Plan, Problem,
     Profile, PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
 };
-use sageattn_shaders::{AttendVariant, ChannelOp, DType, KEY_TILE, Pv, RowGroups, Variant};
+use sageattn_shaders::{
+    AttendVariant, ChannelOp, DType, KEY_TILE, PACK_ROWS, Pv, RowGroups, Variant,
+};
 
 use crate::decode::{self, Decode, MAX_QUERIES};
 use crate::device::Context;
@@ -284,6 +286,10 @@ impl Kernels {
             v_scaled: self.v_scale.is_some(),
             lse_bias: attend.lse_bias,
             splits: most_rows.map_or(0, quantize::splits),
+            ranges: attend.split().map(|keys| {
+                let packs = shape.heads_per_kv() * shape.q_len.div_ceil(PACK_ROWS as usize);
+                [packs, shape.kv_len.div_ceil(keys as usize)]
+            }),
         };
         Workspace::new(shape, &extents)
     }
@@ -396,6 +402,9 @@ impl WgpuPlan {
                 let mut steps = kernels.prepare(&binder, &slices)?;
                 for slice in &slices {
                     steps.push(kernels.attend(&binder, slice)?);
+                }
+                for slice in &slices {
+                    steps.extend(kernels.merge(&binder, slice).transpose()?);
                 }
                 Ok(steps)
             }

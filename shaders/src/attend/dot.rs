@@ -3,7 +3,7 @@
 use super::{AttendKernel, AttendVariant};
 use crate::{
     ABI, ATTEND, ATTENTION, DOT, DType, HALF, KEY_TILE, Kernel, Native, PV_F16, PV_I8, Prelude, Pv,
-    RowGroups, STORE,
+    RowGroups, STORE, decode_columns,
 };
 
 /// Its tile: how many queries a workgroup takes and how much of a head it stages.
@@ -19,6 +19,9 @@ pub struct DotTile {
     pub pv_chunk_groups: u32,
     /// Groups of 64 channels of V that cover head_dim: 1 to 4, a multiple of `pv_chunk_groups`.
     pub pv_groups: u32,
+    /// Keys of a workgroup's range, a multiple of [`KEY_TILE`], where few queries share the keys out
+    /// among workgroups; zero where a workgroup takes them all.
+    pub split: u32,
 }
 
 impl DotTile {
@@ -34,6 +37,7 @@ impl DotTile {
             qk_chunks,
             pv_chunk_groups,
             pv_groups: groups.next_multiple_of(pv_chunk_groups),
+            split: 0,
         }
     }
 
@@ -90,10 +94,14 @@ impl DotTile {
 impl DotTile {
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
-        format!(
+        let tile = format!(
             "_rows{}c{}v{}",
             self.rows, self.qk_chunk, self.pv_chunk_groups
-        )
+        );
+        match self.split {
+            0 => tile,
+            keys => format!("{tile}_split{keys}"),
+        }
     }
 
     pub(super) fn compose(&self, v: &AttendVariant, prelude: Prelude, native: Native) -> Kernel {
@@ -109,6 +117,9 @@ impl DotTile {
             .number("CHUNK_GROUPS", self.pv_chunk_groups)
             .number("V_AT", self.v_at())
             .number("STAGED_VECS", self.staged_vecs(v.pv))
+            .flag("SPLIT", self.split > 0)
+            .number("SPLIT_KEYS", self.split.max(KEY_TILE))
+            .number("COLUMNS_OF_8", decode_columns(v.head_dim))
             .flag("NATIVE_DOT", native.dot)
             .flag("NATIVE_PACK", native.pack);
         let pv = match v.pv {
@@ -123,7 +134,10 @@ impl DotTile {
         let tiles = [
             Self::new(head_dim, 64, 128, 2),
             Self::new(head_dim, 32, 64, 1),
-            Self::new(head_dim, 16, 32, 1),
+            Self {
+                split: 256,
+                ..Self::new(head_dim, 16, 32, 1)
+            },
         ];
         let masks = [
             (false, false, false),

@@ -17,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("decoding_without_native_packing_changes_no_bit", replaced),
     ("decoding_is_cut_where_bindings_are_small", small_bindings),
     ("decoding_in_small_dispatches_changes_no_bit", dispatches),
+    ("decoding_quantized_agrees_with_the_oracle", quantized),
     ("few_queries_prefer_to_stay_unquantized", preferred),
 ];
 
@@ -150,4 +151,29 @@ fn preferred(gpu: &Wgpu) -> Result<(), Failed> {
         Err(Error::Unsupported(refusal)) if refusal.to_string().contains("129 queries") => Ok(()),
         other => Err(format!("129 queries: {other:?}").into()),
     }
+}
+
+/// The quantized recipes share keys out as well: the same codes, in ranges.
+fn quantized(gpu: &Wgpu) -> Result<(), Failed> {
+    for recipe in [Recipe::SAGE1_B, Recipe::SAGE1_T, Recipe::I8_I8_DYN] {
+        for (rows, q_len, kv_len, head_dim) in [
+            (1, 1, 257, 64),
+            (4, 1, 1100, 128),
+            (3, 2, 700, 80),
+            (2, 16, 520, 256),
+            (1, 5, 300, 20),
+        ] {
+            for (mask, dtype) in MASKS.into_iter().zip(DType::ALL) {
+                let shape = grouped(rows, q_len, kv_len, head_dim);
+                let problem = with_lse(shape, dtype, mask)?;
+                check(gpu, &problem, &recipe, &Inputs::noise(&shape))?;
+            }
+        }
+        let variant = gpu.plan(&Problem::new(grouped(4, 1, 1100, 64), DType::F16)?, &recipe)?;
+        let variant = variant.describe().variant;
+        if !variant.contains("split") {
+            return Err(format!("{variant} does not share keys out").into());
+        }
+    }
+    Ok(())
 }
