@@ -33,8 +33,9 @@ pub const ABI_WGSL: &str = include_str!("../lib/abi.wgsl");
 /// Keys per step of the attention kernel, and per tile of V as it is laid out.
 pub const KEY_TILE: u32 = 64;
 
-/// Rows of K or V that one workgroup reduces to one partial result per channel.
-pub const SPLIT_ROWS: u32 = 512;
+/// Rows of K or V that one workgroup reduces to one partial result per channel: eight for each of its
+/// row lanes, few enough that a few thousand rows of a head keep a large GPU busy.
+pub const SPLIT_ROWS: u32 = 128;
 
 /// A composed kernel: its entry point is `main`.
 #[derive(Clone, Debug, PartialEq, Eq)]

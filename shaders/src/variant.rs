@@ -361,6 +361,7 @@ impl Prelude {
             )
             .number("HEAD_DIM", head_dim)
             .number("QUADS", head_dim.div_ceil(4))
+            .flag("WHOLE_QUADS", head_dim.is_multiple_of(4))
     }
 
     pub(crate) fn groups(self, prefix: &str, groups: RowGroups) -> Self {
