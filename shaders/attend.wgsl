@@ -145,18 +145,49 @@ fn stage_queries(lane: u32, pair: u32, first_row: u32, chunk: u32) {
     }
 }
 
+// Vectors of one staged chunk of K and of V, as they lie in memory and where they are staged. Where an
+// invocation has few of them it holds them: HELD_KEYS and HELD_VALUES of them are read well before their
+// place is free.
+const KEY_VECTORS: u32 = KEY_TILE * QK_VECS;
+const VALUE_VECTORS: u32 = V_ROWS * V_VECS;
+
+fn read_key(at: u32, i: u32) -> vec4<u32> {
+    return k_codes[at + (i / QK_VECS) * (QK_DIM / 16u) + i % QK_VECS];
+}
+
+fn put_key(i: u32, x: vec4<u32>) {
+    staged[K_AT + (i / QK_VECS) * QK_STRIDE + i % QK_VECS] = x;
+}
+
+fn read_value(at: u32, i: u32) -> vec4<u32> {
+    return values[at + (i / V_VECS) * (PV_DIM / 4u) + i % V_VECS];
+}
+
 fn stage_keys(lane: u32, at: u32, chunk: u32) {
-    for (var i = lane; i < KEY_TILE * QK_VECS; i += THREADS) {
-        let key = i / QK_VECS;
-        let vec = i % QK_VECS;
-        staged[K_AT + key * QK_STRIDE + vec] = k_codes[at + key * (QK_DIM / 16u) + chunk * QK_VECS + vec];
+    for (var i = lane; i < KEY_VECTORS; i += THREADS) {
+        put_key(i, read_key(at + chunk * QK_VECS, i));
     }
 }
 
 fn stage_values(lane: u32, at: u32, group: u32) {
-    for (var i = lane; i < V_ROWS * V_VECS; i += THREADS) {
-        staged[V_AT + i] = values[at + (i / V_VECS) * (PV_DIM / 4u) + group * 16u + i % V_VECS];
+    for (var i = lane; i < VALUE_VECTORS; i += THREADS) {
+        staged[V_AT + i] = read_value(at + group * 16u, i);
     }
+}
+
+// One vector to be held; none behind the last.
+fn hold_key(at: u32, i: u32) -> vec4<u32> {
+    if (i < KEY_VECTORS) {
+        return read_key(at, i);
+    }
+    return vec4<u32>();
+}
+
+fn hold_value(at: u32, i: u32) -> vec4<u32> {
+    if (i < VALUE_VECTORS) {
+        return read_value(at, i);
+    }
+    return vec4<u32>();
 }
 
 // Adds the products of the staged channels: four rows against the keys column, + 16, + 32, + 48.
@@ -291,8 +322,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var o1 = mat4x4<f32>();
     var o2 = mat4x4<f32>();
     var o3 = mat4x4<f32>();
+    // Padded to whole tiles: the first is there even where no key is seen.
+    let k_start = params.k_codes + kv_pair * params.kv_padded * (QK_DIM / 16u);
+    //# for l in HELD_KEYS
+    var key_$l = hold_key(k_start + begin * (QK_DIM / 16u), lane + $lu * THREADS);
+    //# end
     for (var key = begin; key < end; key += KEY_TILE) {
-        let k_at = params.k_codes + (kv_pair * params.kv_padded + key) * (QK_DIM / 16u);
+        let k_at = k_start + key * (QK_DIM / 16u);
         let v_at = params.values
             + (kv_pair * (params.kv_padded / KEY_TILE) + key / KEY_TILE) * (V_TILE_ROWS * (PV_DIM / 4u));
         let boundary = key + KEY_TILE > unmasked;
@@ -306,13 +342,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             if (!Q_RESIDENT) {
                 stage_queries(lane, pair, first_row, chunk);
             }
+            //# if HELD_KEYS
+            //# for l in HELD_KEYS
+            if (lane + $lu * THREADS < KEY_VECTORS) { put_key(lane + $lu * THREADS, key_$l); }
+            //# end
+            //# else
             stage_keys(lane, k_at, chunk);
+            //# end
             workgroupBarrier();
             products = multiply(row, column, products);
             if (chunk + 1u < QK_CHUNKS) {
                 workgroupBarrier();
             }
         }
+
+        //# for l in HELD_VALUES
+        let value_$l = hold_value(v_at, lane + $lu * THREADS);
+        //# end
 
         // Softmax
         let scales = vec4<f32>(
@@ -344,8 +390,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         weigh(row, column, s, tile_max, boundary, &state);
 
         // P V
+        //# if HELD_VALUES
+        //# for l in HELD_VALUES
+        if (lane + $lu * THREADS < VALUE_VECTORS) { staged[V_AT + lane + $lu * THREADS] = value_$l; }
+        //# end
+        //# else
         stage_values(lane, v_at, 0u);
+        //# end
         workgroupBarrier();
+        //# if HELD_KEYS
+        if (key + KEY_TILE < end) {
+            //# for l in HELD_KEYS
+            key_$l = hold_key(k_at + KEY_TILE * (QK_DIM / 16u), lane + $lu * THREADS);
+            //# end
+        }
+        //# end
         accumulate(row, column, state, v_at, 0u, &o0, &o1);
         if (CHUNK_GROUPS == 1u && GROUPS > 1u) {
             workgroupBarrier();

@@ -81,6 +81,30 @@ impl DotTile {
         if codes > values { codes } else { values }
     }
 
+    /// Vectors of a tile of K that an invocation reads into registers while the tile before is at work;
+    /// zero where they are more than registers are to spare, or K comes in chunks.
+    const fn held_keys(&self) -> u32 {
+        let vectors = KEY_TILE * (self.qk_chunk / 16);
+        match self.qk_chunks {
+            1 => Self::held(vectors.div_ceil(self.invocations())),
+            _ => 0,
+        }
+    }
+
+    /// The same of the first chunk of V, read while the softmax is at work.
+    const fn held_values(&self, pv: Pv) -> u32 {
+        let rows = match pv {
+            Pv::F16 => 32,
+            Pv::I8 => 16,
+        };
+        let vectors = rows * 16 * self.pv_chunk_groups;
+        Self::held(vectors.div_ceil(self.invocations()))
+    }
+
+    const fn held(vectors: u32) -> u32 {
+        if vectors <= 4 { vectors } else { 0 }
+    }
+
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self, pv: Pv) -> u32 {
         let p_vecs = match pv {
@@ -117,6 +141,8 @@ impl DotTile {
             .number("CHUNK_GROUPS", self.pv_chunk_groups)
             .number("V_AT", self.v_at())
             .number("STAGED_VECS", self.staged_vecs(v.pv))
+            .number("HELD_KEYS", self.held_keys())
+            .number("HELD_VALUES", self.held_values(v.pv))
             .flag("SPLIT", self.split > 0)
             .number("SPLIT_KEYS", self.split.max(KEY_TILE))
             .number("COLUMNS_OF_8", decode_columns(v.head_dim))
