@@ -5,11 +5,12 @@
 //           v_scales [KV pair, HEAD_DIM], lse_bias [pair, q_len], where the recipe has them
 //   -> out [batch, heads, q_len, HEAD_DIM], lse [pair, q_len]
 //
-// One workgroup per pack of four rows and 32 channels: eight invocations of four channels each by 32
-// lanes, each of which takes every 32nd range; the lanes meet at the end, halving.
+// One workgroup per pack of four rows and 32 channels: an invocation takes one channel of every eighth
+// range, then 32 of them each put together four channels of one row. It is small on purpose: the keys
+// have just gone through every cache, and its instructions come from memory.
 
-const QUADS_OF_GROUP: u32 = 8u;
-const LANES: u32 = 32u;
+const CHANNELS: u32 = 32u;
+const LANES: u32 = 8u;
 const MASKED: f32 = -3.0e38;
 const MINUS_INFINITY_BITS: u32 = 0xff800000u;
 const LN_2: f32 = 0.6931471805599453;
@@ -19,64 +20,14 @@ const LN_2: f32 = 0.6931471805599453;
 @group(0) @binding(2) var<storage, read_write> out: array<u32>;
 @group(0) @binding(3) var<storage, read_write> lse: array<u32>;
 
-var<workgroup> maxima: array<vec4<f32>, LANES>;
-var<workgroup> halves: array<vec4<f32>, 6u * 128u>;
-
-// Four channels of four rows (o0 is the first channel), and the rows' state.
-struct Part {
-    o0: vec4<f32>,
-    o1: vec4<f32>,
-    o2: vec4<f32>,
-    o3: vec4<f32>,
-    sum: vec4<f32>,
-    unrounded: vec4<f32>,
-}
+// Per lane, which has every eighth range: the rows' maximum, sum of P, and sum before rounding.
+var<workgroup> states: array<vec4<f32>, 3u * LANES>;
+// Per lane and channel: O of the rows.
+var<workgroup> parts: array<vec4<f32>, LANES * CHANNELS>;
 
 // The factor that moves a row from one maximum to another at least as high.
 fn decay_to(before: vec4<f32>, after: vec4<f32>) -> vec4<f32> {
     return select(exp2(before - after), vec4<f32>(1.0), before >= after);
-}
-
-fn scaled(part: Part, by: vec4<f32>) -> Part {
-    return Part(
-        part.o0 * by,
-        part.o1 * by,
-        part.o2 * by,
-        part.o3 * by,
-        part.sum * by,
-        part.unrounded * by,
-    );
-}
-
-fn added(a: Part, b: Part) -> Part {
-    return Part(
-        a.o0 + b.o0,
-        a.o1 + b.o1,
-        a.o2 + b.o2,
-        a.o3 + b.o3,
-        a.sum + b.sum,
-        a.unrounded + b.unrounded,
-    );
-}
-
-fn put(at: u32, part: Part) {
-    halves[at] = part.o0;
-    halves[at + 128u] = part.o1;
-    halves[at + 256u] = part.o2;
-    halves[at + 384u] = part.o3;
-    halves[at + 512u] = part.sum;
-    halves[at + 640u] = part.unrounded;
-}
-
-fn part_at(at: u32) -> Part {
-    return Part(
-        halves[at],
-        halves[at + 128u],
-        halves[at + 256u],
-        halves[at + 384u],
-        halves[at + 512u],
-        halves[at + 640u],
-    );
 }
 
 fn float_at(at: u32) -> f32 {
@@ -127,63 +78,73 @@ fn write_row(batch: u32, kv_head: u32, row: u32, quad: u32, o: vec4<f32>, maximu
 }
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) index: u32) {
     let block = params.first_block + group.x;
     let pack = block / CHANNEL_GROUPS;
-    let quad = (block % CHANNEL_GROUPS) * QUADS_OF_GROUP + lane % QUADS_OF_GROUP;
-    let first = lane / QUADS_OF_GROUP;
+    let first_channel = (block % CHANNEL_GROUPS) * CHANNELS;
+    let channel = first_channel + index % CHANNELS;
+    let lane = index / CHANNELS;
     let pair = params.first_pair + group.y;
-    let kv_heads = params.heads / params.heads_per_kv;
     let place = (pair * params.packs + pack) * params.splits;
 
-    var part = Part();
+    // Channels behind the last column repeat it, and are not written.
+    let at = params.partial_o + channel % 8u * COLUMNS + min(channel / 8u, COLUMNS - 1u);
+    var o = vec4<f32>();
     var maximum = vec4<f32>(MASKED);
-    for (var split = first; split < params.splits; split += LANES) {
+    var sum = vec4<f32>();
+    var unrounded = vec4<f32>();
+    for (var split = lane; split < params.splits; split += LANES) {
         let stats = params.partial_stats + (place + split) * 3u;
+        let own = floats[at + (place + split) * 8u * COLUMNS];
         let peak = floats[stats];
-        let before = maximum;
-        maximum = max(before, peak);
-        // Channels quad * 4 ..: half of the eight of a column.
-        let at = params.partial_o + ((place + split) * 8u + quad % 2u * 4u) * COLUMNS + min(quad / 2u, COLUMNS - 1u);
-        let own = Part(
-            floats[at],
-            floats[at + COLUMNS],
-            floats[at + 2u * COLUMNS],
-            floats[at + 3u * COLUMNS],
-            floats[stats + 1u],
-            floats[stats + 2u],
-        );
-        part = added(scaled(part, decay_to(before, maximum)), scaled(own, decay_to(peak, maximum)));
+        let after = max(maximum, peak);
+        let keep = decay_to(maximum, after);
+        let take = decay_to(peak, after);
+        maximum = after;
+        o = o * keep + own * take;
+        sum = sum * keep + floats[stats + 1u] * take;
+        if (LSE) {
+            unrounded = unrounded * keep + floats[stats + 2u] * take;
+        }
     }
-
-    if (lane % QUADS_OF_GROUP == 0u) {
-        maxima[first] = maximum;
+    parts[index] = o;
+    if (index % CHANNELS == 0u) {
+        states[lane] = maximum;
+        states[LANES + lane] = sum;
+        states[2u * LANES + lane] = unrounded;
     }
     workgroupBarrier();
-    var all = maxima[0];
-    for (var i = 1u; i < LANES; i++) {
-        all = max(all, maxima[i]);
+
+    // Four rows by eight quads of channels.
+    if (index >= 32u) {
+        return;
     }
-    part = scaled(part, decay_to(maximum, all));
-    for (var half = LANES / 2u; half > 0u; half /= 2u) {
-        let at = (first % half) * QUADS_OF_GROUP + lane % QUADS_OF_GROUP;
-        if (first >= half && first < 2u * half) {
-            put(at, part);
-        }
-        workgroupBarrier();
-        if (first < half) {
-            part = added(part, part_at(at));
-        }
-        workgroupBarrier();
+    let row = index / 8u;
+    let quad = index % 8u;
+    var all = MASKED;
+    for (var i = 0u; i < LANES; i++) {
+        all = max(all, states[i][row]);
     }
-    if (first == 0u) {
-        let batch = pair / kv_heads;
-        let kv_head = pair % kv_heads;
-        let row = 4u * pack;
-        let o = transpose(mat4x4<f32>(part.o0, part.o1, part.o2, part.o3));
-        write_row(batch, kv_head, row, quad, o[0], all.x, part.sum.x, part.unrounded.x);
-        write_row(batch, kv_head, row + 1u, quad, o[1], all.y, part.sum.y, part.unrounded.y);
-        write_row(batch, kv_head, row + 2u, quad, o[2], all.z, part.sum.z, part.unrounded.z);
-        write_row(batch, kv_head, row + 3u, quad, o[3], all.w, part.sum.w, part.unrounded.w);
+    var x = vec4<f32>();
+    var total = 0.0;
+    var total_unrounded = 0.0;
+    for (var i = 0u; i < LANES; i++) {
+        let peak = states[i][row];
+        let take = select(exp2(peak - all), 1.0, peak >= all);
+        let c = i * CHANNELS + 4u * quad;
+        x += take * vec4<f32>(parts[c][row], parts[c + 1u][row], parts[c + 2u][row], parts[c + 3u][row]);
+        total += take * states[LANES + i][row];
+        total_unrounded += take * states[2u * LANES + i][row];
     }
+    let kv_heads = params.heads / params.heads_per_kv;
+    write_row(
+        pair / kv_heads,
+        pair % kv_heads,
+        4u * pack + row,
+        first_channel / 4u + quad,
+        x,
+        all,
+        total,
+        total_unrounded,
+    );
 }
