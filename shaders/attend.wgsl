@@ -83,9 +83,20 @@ fn scale_rows(o: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(o[0] * by.x, o[1] * by.y, o[2] * by.z, o[3] * by.w);
 }
 
+// The maxima of four rows over their 16 columns, in two steps: each column reduces a quarter of one of
+// the rows, and the quarters meet in the vector behind the row's P. That is five vectors read for a
+// second barrier, where each column would else read all sixteen.
 fn row_max(row: u32, column: u32, x: vec4<f32>) -> vec4<f32> {
     share(row, column, x);
-    return vec4<f32>(max_of(row), max_of(row + 1u), max_of(row + 2u), max_of(row + 3u));
+    let own = row + column % 4u;
+    let quarter = column / 4u;
+    p_tile[own * P_STRIDE + P_VECS][quarter] = bitcast<u32>(max_of(columns[own * 4u + quarter]));
+    workgroupBarrier();
+    return vec4<f32>(peak_of(row), peak_of(row + 1u), peak_of(row + 2u), peak_of(row + 3u));
+}
+
+fn peak_of(row: u32) -> f32 {
+    return max_of(bitcast<vec4<f32>>(p_tile[row * P_STRIDE + P_VECS]));
 }
 
 fn row_sum(row: u32, column: u32, x: vec4<f32>) -> vec4<f32> {
@@ -103,9 +114,7 @@ fn share(row: u32, column: u32, x: vec4<f32>) {
     workgroupBarrier();
 }
 
-fn max_of(row: u32) -> f32 {
-    let at = row * 4u;
-    let x = max(max(columns[at], columns[at + 1u]), max(columns[at + 2u], columns[at + 3u]));
+fn max_of(x: vec4<f32>) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }
 
@@ -175,16 +184,24 @@ fn stage_values(lane: u32, at: u32, group: u32) {
     }
 }
 
-// One vector to be held; none behind the last.
+// Whether there is an i-th vector to be held: where the invocations share them evenly, always.
+fn is_key(i: u32) -> bool {
+    return KEY_VECTORS % THREADS == 0u || i < KEY_VECTORS;
+}
+
+fn is_value(i: u32) -> bool {
+    return VALUE_VECTORS % THREADS == 0u || i < VALUE_VECTORS;
+}
+
 fn hold_key(at: u32, i: u32) -> vec4<u32> {
-    if (i < KEY_VECTORS) {
+    if (is_key(i)) {
         return read_key(at, i);
     }
     return vec4<u32>();
 }
 
 fn hold_value(at: u32, i: u32) -> vec4<u32> {
-    if (i < VALUE_VECTORS) {
+    if (is_value(i)) {
         return read_value(at, i);
     }
     return vec4<u32>();
@@ -344,7 +361,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             //# if HELD_KEYS
             //# for l in HELD_KEYS
-            if (lane + $lu * THREADS < KEY_VECTORS) { put_key(lane + $lu * THREADS, key_$l); }
+            if (is_key(lane + $lu * THREADS)) { put_key(lane + $lu * THREADS, key_$l); }
             //# end
             //# else
             stage_keys(lane, k_at, chunk);
@@ -361,17 +378,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         //# end
 
         // Softmax
+        var s: Scores;
+        //# if ONE_KEY_SCALE
+        let scales = row_scale * key_scales[column];
+        s.r0 = vec4<f32>(products.r0) * scales.x;
+        s.r1 = vec4<f32>(products.r1) * scales.y;
+        s.r2 = vec4<f32>(products.r2) * scales.z;
+        s.r3 = vec4<f32>(products.r3) * scales.w;
+        //# else
         let scales = vec4<f32>(
             key_scales[column],
             key_scales[column + 16u],
             key_scales[column + 32u],
             key_scales[column + 48u],
         );
-        var s: Scores;
         s.r0 = vec4<f32>(products.r0) * row_scale.x * scales;
         s.r1 = vec4<f32>(products.r1) * row_scale.y * scales;
         s.r2 = vec4<f32>(products.r2) * row_scale.z * scales;
         s.r3 = vec4<f32>(products.r3) * row_scale.w * scales;
+        //# end
         if (boundary) {
             let keys = vec4<u32>(key + column) + vec4<u32>(0u, 16u, 32u, 48u);
             s.r0 = mask_row(s.r0, keys, visible.x);
@@ -385,25 +410,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             max(max(s.r2.x, s.r2.y), max(s.r2.z, s.r2.w)),
             max(max(s.r3.x, s.r3.y), max(s.r3.z, s.r3.w)),
         );
-        // The barrier inside also ends the reading of K: V may take its place.
+        // The barriers inside also end the reading of K: V may take its place.
         let tile_max = row_max(row, column, own_max);
         weigh(row, column, s, tile_max, boundary, &state);
 
         // P V
         //# if HELD_VALUES
         //# for l in HELD_VALUES
-        if (lane + $lu * THREADS < VALUE_VECTORS) { staged[V_AT + lane + $lu * THREADS] = value_$l; }
+        if (is_value(lane + $lu * THREADS)) { staged[V_AT + lane + $lu * THREADS] = value_$l; }
         //# end
         //# else
         stage_values(lane, v_at, 0u);
         //# end
         workgroupBarrier();
-        //# if HELD_KEYS
-        if (key + KEY_TILE < end) {
-            //# for l in HELD_KEYS
-            key_$l = hold_key(k_at + KEY_TILE * (QK_DIM / 16u), lane + $lu * THREADS);
-            //# end
-        }
+        // Behind the last tile it is read again: a branch would cost more.
+        let next_key = min(key + KEY_TILE, params.kv_padded - KEY_TILE);
+        //# for l in HELD_KEYS
+        key_$l = hold_key(k_start + next_key * (QK_DIM / 16u), lane + $lu * THREADS);
         //# end
         accumulate(row, column, state, v_at, 0u, &o0, &o1);
         if (CHUNK_GROUPS == 1u && GROUPS > 1u) {

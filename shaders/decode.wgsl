@@ -9,12 +9,14 @@
 // r % q_len of head r / q_len. A pack is four of them, a vec4 throughout, so that every number read of
 // K and V serves four rows.
 //
-// An invocation holds eight channels (column) of every SLOTS-th key: per step four keys, 16 bytes of
-// each (two-byte elements), read one step ahead. K and V go from memory to registers; workgroup memory
-// only adds up what the columns of a key have multiplied. The scores of the whole range are kept, so
-// there is one maximum, and nothing is rescaled.
+// An invocation holds eight channels (column) of every SLOTS-th key, four keys at a time, while four
+// more are on their way: two sets that take turns, so that neither is copied, which would wait for it. K
+// and V go from memory to registers; workgroup memory only adds up what the columns of a key have
+// multiplied. The scores of the whole range are kept, so there is one maximum, and nothing is rescaled.
 
-const STEP: u32 = 4u * SLOTS;
+// Keys of one set, and of a turn of both.
+const SET: u32 = 4u * SLOTS;
+const TURN: u32 = 2u * SET;
 const STRIDE: u32 = COLUMNS | 1u;
 
 // Below every score, and far from infinity, so that differences stay finite.
@@ -82,22 +84,25 @@ fn transposed(a: Raw, b: Raw, c: Raw, d: Raw) -> Eight {
     return Eight(low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]);
 }
 
-fn keys_of_k(start: u32, key: u32, end: u32, column: u32) -> Keys {
-    var keys = Keys();
-    if (key < end) { keys.k0 = read_k(start + key * params.k.row, column); }
-    if (key + SLOTS < end) { keys.k1 = read_k(start + (key + SLOTS) * params.k.row, column); }
-    if (key + 2u * SLOTS < end) { keys.k2 = read_k(start + (key + 2u * SLOTS) * params.k.row, column); }
-    if (key + 3u * SLOTS < end) { keys.k3 = read_k(start + (key + 3u * SLOTS) * params.k.row, column); }
-    return keys;
+// The keys key, + SLOTS, + 2 SLOTS, + 3 SLOTS; behind the last one it is read again, and its P is 0.
+fn keys_of_k(start: u32, key: u32, last: u32, column: u32) -> Keys {
+    let row = params.k.row;
+    return Keys(
+        read_k(start + min(key, last) * row, column),
+        read_k(start + min(key + SLOTS, last) * row, column),
+        read_k(start + min(key + 2u * SLOTS, last) * row, column),
+        read_k(start + min(key + 3u * SLOTS, last) * row, column),
+    );
 }
 
-fn keys_of_v(start: u32, key: u32, end: u32, column: u32) -> Keys {
-    var keys = Keys();
-    if (key < end) { keys.k0 = read_v(start + key * params.v.row, column); }
-    if (key + SLOTS < end) { keys.k1 = read_v(start + (key + SLOTS) * params.v.row, column); }
-    if (key + 2u * SLOTS < end) { keys.k2 = read_v(start + (key + 2u * SLOTS) * params.v.row, column); }
-    if (key + 3u * SLOTS < end) { keys.k3 = read_v(start + (key + 3u * SLOTS) * params.v.row, column); }
-    return keys;
+fn keys_of_v(start: u32, key: u32, last: u32, column: u32) -> Keys {
+    let row = params.v.row;
+    return Keys(
+        read_v(start + min(key, last) * row, column),
+        read_v(start + min(key + SLOTS, last) * row, column),
+        read_v(start + min(key + 2u * SLOTS, last) * row, column),
+        read_v(start + min(key + 3u * SLOTS, last) * row, column),
+    );
 }
 
 fn multiply(q: Eight, raw: Raw) -> vec4<f32> {
@@ -107,19 +112,44 @@ fn multiply(q: Eight, raw: Raw) -> vec4<f32> {
         + (q.c4 * y.x + q.c5 * y.y + q.c6 * y.z + q.c7 * y.w);
 }
 
-fn add_key(o: Eight, p: vec4<f32>, raw: Raw) -> Eight {
+// Products of four keys, for the sums over their columns.
+fn put_products(q: Eight, keys: Keys, key: u32, column: u32) {
+    products[key * STRIDE + column] = multiply(q, keys.k0);
+    products[(key + SLOTS) * STRIDE + column] = multiply(q, keys.k1);
+    products[(key + 2u * SLOTS) * STRIDE + column] = multiply(q, keys.k2);
+    products[(key + 3u * SLOTS) * STRIDE + column] = multiply(q, keys.k3);
+}
+
+// What an invocation has of O: eight channels of four rows, and their sum of P.
+struct Output {
+    o: Eight,
+    sum: vec4<f32>,
+}
+
+fn add_key(out: Output, p: vec4<f32>, raw: Raw) -> Output {
     let x = unpack_low(raw);
     let y = unpack_high(raw);
-    return Eight(
-        o.c0 + p * x.x,
-        o.c1 + p * x.y,
-        o.c2 + p * x.z,
-        o.c3 + p * x.w,
-        o.c4 + p * y.x,
-        o.c5 + p * y.y,
-        o.c6 + p * y.z,
-        o.c7 + p * y.w,
+    let o = out.o;
+    return Output(
+        Eight(
+            o.c0 + p * x.x,
+            o.c1 + p * x.y,
+            o.c2 + p * x.z,
+            o.c3 + p * x.w,
+            o.c4 + p * y.x,
+            o.c5 + p * y.y,
+            o.c6 + p * y.z,
+            o.c7 + p * y.w,
+        ),
+        out.sum + p,
     );
+}
+
+fn add_keys(out: Output, keys: Keys, at: u32) -> Output {
+    let a = add_key(out, scores[at], keys.k0);
+    let b = add_key(a, scores[at + SLOTS], keys.k1);
+    let c = add_key(b, scores[at + 2u * SLOTS], keys.k2);
+    return add_key(c, scores[at + 3u * SLOTS], keys.k3);
 }
 
 fn round_p(p: vec4<f32>) -> vec4<f32> {
@@ -136,17 +166,14 @@ fn round_p(p: vec4<f32>) -> vec4<f32> {
     return p;
 }
 
-// The largest of one vec4 per invocation.
-fn largest_of(lane: u32, x: vec4<f32>) -> vec4<f32> {
-    products[lane] = x;
+// The largest of each row, of which an invocation has one number: its row is lane % 4.
+fn largest_of(lane: u32, x: f32) -> vec4<f32> {
+    products[lane / 4u][lane % 4u] = x;
     workgroupBarrier();
-    for (var half = THREADS / 2u; half > 0u; half /= 2u) {
-        if (lane < half) {
-            products[lane] = max(products[lane], products[lane + half]);
-        }
-        workgroupBarrier();
+    var result = products[0];
+    for (var i = 1u; i < THREADS / 4u; i++) {
+        result = max(result, products[i]);
     }
-    let result = products[0];
     workgroupBarrier();
     return result;
 }
@@ -165,29 +192,34 @@ fn sum_of(lane: u32, x: vec4<f32>) -> vec4<f32> {
     return result;
 }
 
-fn put(at: u32, o: Eight) {
-    const APART = SLOTS / 2u * COLUMNS;
-    products[at] = o.c0;
-    products[at + APART] = o.c1;
-    products[at + 2u * APART] = o.c2;
-    products[at + 3u * APART] = o.c3;
-    products[at + 4u * APART] = o.c4;
-    products[at + 5u * APART] = o.c5;
-    products[at + 6u * APART] = o.c6;
-    products[at + 7u * APART] = o.c7;
+// Half of the slots hand over what they have.
+const APART: u32 = SLOTS / 2u * COLUMNS;
+
+fn put(at: u32, out: Output) {
+    products[at] = out.o.c0;
+    products[at + APART] = out.o.c1;
+    products[at + 2u * APART] = out.o.c2;
+    products[at + 3u * APART] = out.o.c3;
+    products[at + 4u * APART] = out.o.c4;
+    products[at + 5u * APART] = out.o.c5;
+    products[at + 6u * APART] = out.o.c6;
+    products[at + 7u * APART] = out.o.c7;
+    products[at + 8u * APART] = out.sum;
 }
 
-fn add(at: u32, o: Eight) -> Eight {
-    const APART = SLOTS / 2u * COLUMNS;
-    return Eight(
-        o.c0 + products[at],
-        o.c1 + products[at + APART],
-        o.c2 + products[at + 2u * APART],
-        o.c3 + products[at + 3u * APART],
-        o.c4 + products[at + 4u * APART],
-        o.c5 + products[at + 5u * APART],
-        o.c6 + products[at + 6u * APART],
-        o.c7 + products[at + 7u * APART],
+fn add(at: u32, out: Output) -> Output {
+    return Output(
+        Eight(
+            out.o.c0 + products[at],
+            out.o.c1 + products[at + APART],
+            out.o.c2 + products[at + 2u * APART],
+            out.o.c3 + products[at + 3u * APART],
+            out.o.c4 + products[at + 4u * APART],
+            out.o.c5 + products[at + 5u * APART],
+            out.o.c6 + products[at + 6u * APART],
+            out.o.c7 + products[at + 7u * APART],
+        ),
+        out.sum + products[at + 8u * APART],
     );
 }
 
@@ -202,8 +234,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let batch = pair / kv_heads;
     let kv_head = pair % kv_heads;
     let column = lane % COLUMNS;
-    // Invocations beyond the last slot read no key, and only help where every one of them counts.
+    // Invocations beyond the last slot read what others read, and are not counted.
     let slot = lane / COLUMNS;
+    let first = slot % SLOTS;
     let row = 4u * pack;
 
     let visible = vec4<u32>(
@@ -215,7 +248,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let begin = split * SPLIT;
     let most = max(max(visible.x, visible.y), max(visible.z, visible.w));
     let end = clamp(most, begin, begin + SPLIT);
-    let end_of_slot = select(0u, end, slot < SLOTS);
+    let last = max(end, 1u) - 1u;
 
     let q_rows = transposed(
         query_row(batch, kv_head, row, column),
@@ -229,18 +262,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Q K^T. An invocation adds up scores of one row.
     let seen = visible_to(row + lane % 4u);
     var peak = MASKED;
-    var next = keys_of_k(k_start, begin + slot, end_of_slot, column);
-    for (var key = begin; key < end; key += STEP) {
-        let keys = next;
-        next = keys_of_k(k_start, key + STEP + slot, end_of_slot, column);
+    var even = keys_of_k(k_start, begin + first, last, column);
+    for (var key = begin; key < end; key += TURN) {
+        let odd = keys_of_k(k_start, key + SET + first, last, column);
         if (slot < SLOTS) {
-            products[slot * STRIDE + column] = multiply(q_rows, keys.k0);
-            products[(slot + SLOTS) * STRIDE + column] = multiply(q_rows, keys.k1);
-            products[(slot + 2u * SLOTS) * STRIDE + column] = multiply(q_rows, keys.k2);
-            products[(slot + 3u * SLOTS) * STRIDE + column] = multiply(q_rows, keys.k3);
+            put_products(q_rows, even, first, column);
+        }
+        even = keys_of_k(k_start, key + TURN + first, last, column);
+        if (slot < SLOTS) {
+            put_products(q_rows, odd, first + SET, column);
         }
         workgroupBarrier();
-        for (var i = lane; i < 4u * STEP; i += THREADS) {
+        for (var i = lane; i < 4u * TURN; i += THREADS) {
             let at = (i / 4u) * STRIDE;
             var sum = 0.0;
             for (var c = 0u; c < COLUMNS; c++) {
@@ -254,11 +287,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 
     // Softmax: one maximum for the range. The first keys of V are under way meanwhile.
-    next = keys_of_v(v_start, begin + slot, end_of_slot, column);
-    let own = vec4<u32>(lane % 4u) == vec4<u32>(0u, 1u, 2u, 3u);
-    let maximum = largest_of(lane, select(vec4<f32>(MASKED), vec4<f32>(peak), own));
+    even = keys_of_v(v_start, begin + first, last, column);
+    let maximum = largest_of(lane, peak);
     var unrounded = vec4<f32>();
-    for (var i = lane; i < end - begin; i += THREADS) {
+    for (var i = lane; i < (end - begin + TURN - 1u) / TURN * TURN; i += THREADS) {
         let s = scores[i];
         // A score equal to the maximum gives exactly 1; a hidden one 0, also where all are hidden.
         var p = select(exp2(s - maximum), vec4<f32>(1.0), s >= maximum);
@@ -269,59 +301,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
 
     // P V
-    var o = Eight();
-    var sum = vec4<f32>();
-    for (var key = begin; key < end; key += STEP) {
-        let keys = next;
-        next = keys_of_v(v_start, key + STEP + slot, end_of_slot, column);
-        let at = key - begin + slot;
-        if (key + slot < end_of_slot) {
-            let p = scores[at];
-            sum += p;
-            o = add_key(o, p, keys.k0);
-        }
-        if (key + slot + SLOTS < end_of_slot) {
-            let p = scores[at + SLOTS];
-            sum += p;
-            o = add_key(o, p, keys.k1);
-        }
-        if (key + slot + 2u * SLOTS < end_of_slot) {
-            let p = scores[at + 2u * SLOTS];
-            sum += p;
-            o = add_key(o, p, keys.k2);
-        }
-        if (key + slot + 3u * SLOTS < end_of_slot) {
-            let p = scores[at + 3u * SLOTS];
-            sum += p;
-            o = add_key(o, p, keys.k3);
-        }
+    var out = Output();
+    for (var key = begin; key < end; key += TURN) {
+        let odd = keys_of_v(v_start, key + SET + first, last, column);
+        out = add_keys(out, even, key - begin + first);
+        even = keys_of_v(v_start, key + TURN + first, last, column);
+        out = add_keys(out, odd, key - begin + SET + first);
     }
 
     // The slots' parts, halved until one is left.
     for (var half = SLOTS / 2u; half > 0u; half /= 2u) {
         if (slot >= half && slot < 2u * half) {
-            put((slot - half) * COLUMNS + column, o);
+            put((slot - half) * COLUMNS + column, out);
         }
         workgroupBarrier();
         if (slot < half) {
-            o = add(slot * COLUMNS + column, o);
+            out = add(slot * COLUMNS + column, out);
         }
         workgroupBarrier();
     }
     let place = (pair * params.packs + pack) * params.splits + split;
     if (slot == 0u) {
         let at = params.partial_o + place * 8u * COLUMNS + column;
-        floats[at] = o.c0;
-        floats[at + COLUMNS] = o.c1;
-        floats[at + 2u * COLUMNS] = o.c2;
-        floats[at + 3u * COLUMNS] = o.c3;
-        floats[at + 4u * COLUMNS] = o.c4;
-        floats[at + 5u * COLUMNS] = o.c5;
-        floats[at + 6u * COLUMNS] = o.c6;
-        floats[at + 7u * COLUMNS] = o.c7;
+        floats[at] = out.o.c0;
+        floats[at + COLUMNS] = out.o.c1;
+        floats[at + 2u * COLUMNS] = out.o.c2;
+        floats[at + 3u * COLUMNS] = out.o.c3;
+        floats[at + 4u * COLUMNS] = out.o.c4;
+        floats[at + 5u * COLUMNS] = out.o.c5;
+        floats[at + 6u * COLUMNS] = out.o.c6;
+        floats[at + 7u * COLUMNS] = out.o.c7;
     }
-    // Every column of a slot has the same sum: one of them counts.
-    let total = sum_of(lane, select(vec4<f32>(), sum, column == 0u));
     var all = vec4<f32>();
     if (LSE) {
         all = sum_of(lane, unrounded);
@@ -329,7 +339,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (lane == 0u) {
         let at = params.partial_stats + place * 3u;
         floats[at] = maximum;
-        floats[at + 1u] = total;
+        floats[at + 1u] = out.sum;
         floats[at + 2u] = all;
     }
 }

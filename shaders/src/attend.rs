@@ -179,6 +179,11 @@ impl AttendVariant {
         matches!(self.kernel, AttendKernel::Matrix(_))
     }
 
+    /// Whether keys 16 apart share one scale within a tile.
+    const fn k_columns_uniform(&self) -> bool {
+        self.k_groups.block.is_multiple_of(KEY_TILE) && 16 % self.k_groups.modulus == 0
+    }
+
     /// Whether all keys of a tile share one scale.
     const fn k_uniform(&self, key_tile: u32) -> bool {
         self.k_groups.slots == 1 && self.k_groups.block.is_multiple_of(key_tile)

@@ -14,7 +14,7 @@ pub const MERGE_CHANNELS: u32 = 32;
 /// How the decoding kernel divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DecodeTile {
-    /// Invocations of a workgroup: a power of two, at least 32.
+    /// Invocations of a workgroup: a power of two, at least 64.
     pub invocations: u32,
     /// Keys of a workgroup's range: a multiple of 128.
     pub split: u32,
@@ -59,14 +59,15 @@ impl DecodeVariant {
     /// Keys that are read side by side: a power of two, so that their sums halve.
     const fn slots(&self) -> u32 {
         let most = self.tile.invocations / decode_columns(self.head_dim);
-        let most = if most > 32 { 32 } else { most };
+        // A turn of eight keys per slot stays within the shortest range.
+        let most = if most > 16 { 16 } else { most };
         1 << most.ilog2()
     }
 
-    /// Vectors of workgroup memory for the products of one step's keys; sums pass through it as well.
+    /// Vectors of workgroup memory for the products of one turn's keys; sums pass through it as well.
     const fn products(&self) -> u32 {
         let columns = decode_columns(self.head_dim);
-        let products = 4 * self.slots() * (columns | 1);
+        let products = 8 * self.slots() * (columns | 1);
         if products > self.tile.invocations {
             products
         } else {
@@ -118,9 +119,9 @@ impl DecodeVariant {
     /// Variants that visit every value of every axis, for tests that need no device.
     pub(crate) fn samples(dtype: DType, head_dim: u32) -> impl Iterator<Item = Self> {
         let axes = [
-            (false, false, 128, 128),
-            (true, false, 256, 256),
-            (true, true, 256, 512),
+            (false, false, 64, 256),
+            (true, false, 128, 128),
+            (true, true, 128, 512),
         ];
         axes.into_iter()
             .map(move |(causal, lse, invocations, split)| Self {

@@ -141,6 +141,7 @@ impl DotTile {
             .number("CHUNK_GROUPS", self.pv_chunk_groups)
             .number("V_AT", self.v_at())
             .number("STAGED_VECS", self.staged_vecs(v.pv))
+            .flag("ONE_KEY_SCALE", v.k_columns_uniform())
             .number("HELD_KEYS", self.held_keys())
             .number("HELD_VALUES", self.held_values(v.pv))
             .flag("SPLIT", self.split > 0)

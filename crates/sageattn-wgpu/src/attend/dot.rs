@@ -92,9 +92,10 @@ mod tests {
             };
             (tile.rows, tile.split)
         };
-        assert_eq!(split(1, 16384, 8), (16, 256));
+        assert_eq!(split(1, 16384, 8), (16, 512));
+        assert_eq!(split(1, 15000, 8), (16, 256));
         assert_eq!(split(1, 16384, 64), (16, 1024));
-        assert_eq!(split(16, 16384, 8), (32, 512), "two tiles of packed heads");
+        assert_eq!(split(16, 16384, 8), (32, 1024), "two tiles of packed heads");
         assert_eq!(split(1, 256, 8), (16, 0));
         assert_eq!(split(17, 16384, 8).1, 0);
     }
