@@ -210,7 +210,9 @@ pub fn variants() -> Vec<Variant> {
             variants.extend([Variant::Statistics(prepare), Variant::Encode(prepare)]);
         }
         for (causal, lse) in [(false, false), (false, true), (true, false), (true, true)] {
-            let mut tiles = [1, u32::MAX].map(|q_len| tile(width, q_len, causal)).to_vec();
+            let mut tiles = [1, u32::MAX]
+                .map(|q_len| tile(width, q_len, causal))
+                .to_vec();
             tiles.dedup();
             for (consumers, stages) in tiles {
                 variants.extend([true, false].map(|running_max| {

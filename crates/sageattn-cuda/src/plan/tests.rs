@@ -56,7 +56,11 @@ fn few_queries_are_cut_into_smaller_blocks() {
         (128, causal, 2048),
     ] {
         assert_eq!(consumers(head_dim, last, mask), 2, "{head_dim} {mask:?}");
-        assert_eq!(consumers(head_dim, last + 1, mask), 3, "{head_dim} {mask:?}");
+        assert_eq!(
+            consumers(head_dim, last + 1, mask),
+            3,
+            "{head_dim} {mask:?}"
+        );
     }
     assert_eq!(consumers(64, 1, Mask::None), 3);
     assert_eq!(consumers(256, 10_000, Mask::None), 2);
@@ -132,9 +136,17 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                             },
                             dtype,
                         );
-                        let problem = problem.unwrap().with_mask(mask).with_outputs(outputs);
+                        let problem = problem.unwrap();
                         let recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
-                        for lazy_maximum in [false, true] {
+                        for (q_len, lazy_maximum) in
+                            [(1, false), (1, true), (9999, false), (9999, true)]
+                        {
+                            let shape = Shape {
+                                q_len,
+                                ..problem.shape()
+                            };
+                            let problem = Problem::new(shape, dtype).unwrap();
+                            let problem = problem.with_mask(mask).with_outputs(outputs);
                             let machine = Machine {
                                 lazy_maximum,
                                 ..H100
@@ -214,7 +226,7 @@ fn launches_stay_within_the_workspace() {
     );
     assert_eq!((statistics.grid, statistics.block), (4 * 4 * 2, 256));
     assert_eq!((encode.grid, encode.block), (4 * 4 * 2, 256));
-    assert_eq!((attend.grid, attend.block), (96, 512));
+    assert_eq!((attend.grid, attend.block), (128, 384));
     assert!(!statistics.overlaps_previous, "K and V may be fresh");
     assert!(encode.overlaps_previous && attend.overlaps_previous);
 }
