@@ -73,7 +73,8 @@ struct Job {
     bool is_v;
     u32 head;
 
-    DEVICE explicit Job(u32 index) : is_v(index % 2), head(index / 2) {}
+    /// Last head first: the attention kernel then finds in the cache what it begins with.
+    DEVICE Job(const PrepareParams& params, u32 index) : is_v(index % 2), head(params.heads - 1 - index / 2) {}
 
     /// Whether every tile must be seen before the first is encoded.
     DEVICE bool two_passes(const PrepareParams& params) const {
@@ -115,7 +116,7 @@ struct Loader {
     i64 step = 0;
 
     DEVICE void begin_job(const PrepareParams& params, const Share& share) {
-        const Job of(job);
+        const Job of(params, job);
         const Place place;
         index = 0;
         again = of.two_passes(params) && share.tiles > SLOTS ? share.tiles - SLOTS : 0;
@@ -376,7 +377,7 @@ struct Block {
     }
 
     DEVICE void run(u32 index, u32 rank, u32 parity) {
-        const Job job(index);
+        const Job job(params, index);
         const u64 row = static_cast<u64>(job.head) * HEAD_DIM;
         const bool two_passes = job.two_passes(params);
         if (job.is_v) {
