@@ -20,7 +20,7 @@ use crate::variant::{Attend, Prepare, PrepareOnce, Variant, WIDTHS};
 mod prepare;
 
 pub(crate) use self::prepare::Preparation;
-use self::prepare::{preparation, ways};
+use self::prepare::{once, preparation};
 
 /// Blocks of one launch that CUDA allows in the x dimension.
 const MAX_GRID: u64 = (1 << 31) - 1;
@@ -200,8 +200,7 @@ pub fn variants() -> Vec<Variant> {
             };
             variants.extend([Variant::Statistics(prepare), Variant::Encode(prepare)]);
             if !cut {
-                let ways = ways(quantize::tile_bytes(width, dtype)).iter();
-                variants.extend(ways.map(|way| Variant::PrepareOnce(way.variant(&prepare))));
+                variants.extend(once(&prepare).map(Variant::PrepareOnce));
             }
         }
         let (consumers, stages) = tile(width);

@@ -1,9 +1,9 @@
 //! How K and V become codes: the choice that [`choose`](super::choose) leaves to this file.
 
+use sageattn_core::DType;
 use sageattn_kernels::abi::MAX_PIECES;
 
 use super::Machine;
-use crate::quantize;
 use crate::variant::{Prepare, PrepareOnce};
 
 /// How K and V become codes.
@@ -27,16 +27,24 @@ pub(super) fn preparation(
     tiles: u32,
     machine: Machine,
 ) -> (Preparation, u32, u32) {
-    for way in ways(quantize::tile_bytes(prepare.width, prepare.dtype)) {
-        // The smallest cluster that will do, since its blocks wait for each other.
+    let jobs = 2 * u64::from(heads);
+    let multiprocessors = u64::from(machine.multiprocessors);
+    for way in ways(prepare.width, prepare.dtype) {
+        // The smallest cluster that will do, since its blocks wait for each other. While blocks leave
+        // multiprocessors without, a few more cost less than they bring.
         let mut cluster = 1;
-        while cluster < machine.largest_cluster && tiles.div_ceil(cluster) > way.tiles {
+        loop {
+            let each = tiles.div_ceil(cluster);
+            let idle = jobs * u64::from(cluster) < u64::from(way.blocks) * multiprocessors;
+            let spread = idle && each > 1 && cluster < CHEAP_CLUSTER;
+            if 2 * cluster > machine.largest_cluster || !(each > way.tiles || spread) {
+                break;
+            }
             cluster *= 2;
         }
         let each = tiles.div_ceil(cluster);
-        // With fewer blocks than multiprocessors, two launches cut the heads finer.
-        let blocks = 2 * u64::from(heads) * u64::from(cluster);
-        let fills = blocks >= u64::from(machine.multiprocessors);
+        // On less than half of the device, two launches that cut the heads finer are no slower.
+        let fills = 2 * jobs * u64::from(cluster) >= multiprocessors;
         if cluster <= machine.largest_cluster && each <= way.most_tiles && fills {
             let preparation = Preparation::Once {
                 variant: way.variant(&prepare),
@@ -52,8 +60,11 @@ pub(super) fn preparation(
     (Preparation::Twice(prepare), pieces, tiles_per_piece)
 }
 
+/// Up to this size the blocks of a cluster hardly notice each other.
+const CHEAP_CLUSTER: u32 = 4;
+
 /// How `kv_prepare_sm90` uses a multiprocessor.
-pub(super) struct Way {
+struct Way {
     /// Blocks on it, and tiles that each has room for.
     blocks: u32,
     slots: u32,
@@ -66,7 +77,7 @@ pub(super) struct Way {
 /// By the size of a tile; the first whose clusters can be large enough wins. 227 KiB of a multiprocessor
 /// hold 192 KiB of tiles beside a row of statistics for each warp. What each was measured against:
 /// `docs/kernels/kv_prepare_sm90.md`.
-pub(super) const fn ways(tile_bytes: u32) -> &'static [Way] {
+const fn ways(width: u32, dtype: DType) -> &'static [Way] {
     const fn way(blocks: u32, slots: u32, tiles: u32, most_tiles: u32) -> Way {
         Way {
             blocks,
@@ -75,21 +86,24 @@ pub(super) const fn ways(tile_bytes: u32) -> &'static [Way] {
             most_tiles,
         }
     }
-    match tile_bytes / 1024 {
-        // Three blocks hide each other's waits, and there are no registers for a fourth. For longer
-        // heads larger blocks: up to ten of a block's sixteen tiles are then read again, from L2.
-        16 => const { &[way(3, 4, 4, 4), way(2, 6, 4, 16)] },
-        // Registers for two blocks. Two of three slots are the head's: larger clusters beat fuller
-        // slots. For longer heads a block has the multiprocessor to itself.
-        32 => const { &[way(2, 3, 2, 2), way(1, 6, 4, 16)] },
-        64 => const { &[way(1, 3, 2, 8)] },
+    match (width, dtype) {
+        // 16 KiB a tile. Three blocks hide each other's waits, and there are no registers for a fourth.
+        // For longer heads larger blocks; the most is 64 Ki keys, where five tiles of six are read again
+        // (one launch is still a tenth faster there).
+        (64, DType::F16 | DType::BF16) => const { &[way(3, 4, 4, 4), way(2, 6, 4, 32)] },
+        // 32 KiB. Registers for two blocks. For longer heads a block has the multiprocessor to itself.
+        (128, DType::F16 | DType::BF16) => const { &[way(2, 3, 3, 3), way(1, 6, 4, 32)] },
+        // Half the codes for the same bytes: one block is enough, if its slots never stand empty.
+        (64, DType::F32) => const { &[way(1, 6, 4, 32)] },
+        // 64 KiB: two tiles, and one of the next head's.
+        (256, DType::F16 | DType::BF16) | (128, DType::F32) => const { &[way(1, 3, 2, 16)] },
         // A tile takes half of the memory: it could not come in while another is encoded.
         _ => &[],
     }
 }
 
 impl Way {
-    pub(super) const fn variant(&self, prepare: &Prepare) -> PrepareOnce {
+    const fn variant(&self, prepare: &Prepare) -> PrepareOnce {
         PrepareOnce {
             width: prepare.width,
             dtype: prepare.dtype,
@@ -108,6 +122,12 @@ fn pieces(heads: u32, tiles: u32, multiprocessors: u32) -> (u32, u32) {
     let pieces = wanted.clamp(1, MAX_PIECES).min(tiles);
     let tiles_per_piece = tiles.div_ceil(pieces);
     (tiles.div_ceil(tiles_per_piece), tiles_per_piece)
+}
+
+/// Every kernel that reads K and V once, for tensors of this kind.
+pub(super) fn once(prepare: &Prepare) -> impl Iterator<Item = PrepareOnce> {
+    let ways = ways(prepare.width, prepare.dtype).iter();
+    ways.map(|way| way.variant(prepare))
 }
 
 #[cfg(test)]

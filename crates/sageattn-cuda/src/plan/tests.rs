@@ -171,6 +171,7 @@ fn clusters_take_turns_where_blocks_are_alone_and_hold_their_share() {
         (4096, 64, false),
         (16384, 64, false),
         (4096, 128, false),
+        (6144, 128, false),
         (8192, 128, true),
         (12288, 128, true),
         (12289, 128, false),

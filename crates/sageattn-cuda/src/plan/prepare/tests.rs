@@ -1,4 +1,3 @@
-use sageattn_core::DType;
 use sageattn_kernels::abi::TILE_KEYS;
 
 use super::*;
@@ -36,24 +35,26 @@ fn cluster(
 #[test]
 fn clusters_grow_with_the_keys() {
     for (dtype, width, keys, want) in [
-        (DType::F16, 64, 197, Some((1, 2, 3))),
-        (DType::F16, 64, 512, Some((1, 4, 3))),
-        (DType::F16, 64, 513, Some((2, 3, 3))),
+        (DType::F16, 64, 197, Some((2, 1, 3))),
+        (DType::F16, 64, 512, Some((2, 2, 3))),
+        (DType::F16, 64, 1024, Some((2, 4, 3))),
         (DType::F16, 64, 8192, Some((16, 4, 3))),
         (DType::F16, 64, 8193, Some((16, 5, 2))),
-        (DType::F16, 64, 32768, Some((16, 16, 2))),
-        (DType::F16, 64, 32769, None),
-        (DType::F16, 128, 256, Some((1, 2, 2))),
-        (DType::F16, 128, 1024, Some((4, 2, 2))),
+        (DType::F16, 64, 65536, Some((16, 32, 2))),
+        (DType::F16, 64, 65537, None),
+        (DType::F16, 128, 128, Some((1, 1, 2))),
+        (DType::F16, 128, 512, Some((2, 2, 2))),
+        (DType::F16, 128, 1536, Some((4, 3, 2))),
         (DType::F16, 128, 4096, Some((16, 2, 2))),
-        (DType::F16, 128, 4097, Some((16, 3, 1))),
-        (DType::F16, 128, 32768, Some((16, 16, 1))),
-        (DType::F16, 128, 32769, None),
+        (DType::F16, 128, 6144, Some((16, 3, 2))),
+        (DType::F16, 128, 6145, Some((16, 4, 1))),
+        (DType::F16, 128, 65536, Some((16, 32, 1))),
+        (DType::F16, 128, 65537, None),
         (DType::BF16, 256, 256, Some((1, 2, 1))),
         (DType::F16, 256, 4096, Some((16, 2, 1))),
-        (DType::F16, 256, 16384, Some((16, 8, 1))),
-        (DType::F16, 256, 16385, None),
-        (DType::F32, 64, 1024, Some((4, 2, 2))),
+        (DType::F16, 256, 32768, Some((16, 16, 1))),
+        (DType::F16, 256, 32769, None),
+        (DType::F32, 64, 1024, Some((2, 4, 1))),
         (DType::F32, 128, 1024, Some((4, 2, 1))),
         (DType::F32, 256, 128, None),
     ] {
@@ -65,10 +66,10 @@ fn clusters_grow_with_the_keys() {
 #[test]
 fn two_launches_where_clusters_would_not_do() {
     let of = |heads, keys, machine| cluster(DType::F16, heads, keys, 128, machine);
-    assert_eq!(of(65, 256, H100), None, "130 blocks, 132 multiprocessors");
-    assert_eq!(of(66, 256, H100), Some((1, 2, 2)));
-    assert_eq!(of(4, 8192, H100), None);
-    assert_eq!(of(5, 8192, H100), Some((16, 4, 1)));
+    assert_eq!(of(8, 300, H100), None, "64 blocks on 132 multiprocessors");
+    assert_eq!(of(9, 300, H100), Some((4, 1, 2)), "72 blocks");
+    assert_eq!(of(2, 8192, H100), None);
+    assert_eq!(of(3, 8192, H100), Some((16, 4, 1)));
     // A part of a GPU.
     let smaller = |largest_cluster| Machine {
         largest_cluster,
@@ -76,8 +77,9 @@ fn two_launches_where_clusters_would_not_do() {
     };
     assert_eq!(of(128, 1024, smaller(4)), Some((4, 2, 2)));
     assert_eq!(of(128, 2048, smaller(4)), Some((4, 4, 1)));
-    assert_eq!(of(128, 8192, smaller(4)), Some((4, 16, 1)));
-    assert_eq!(of(128, 8193, smaller(4)), None);
+    assert_eq!(of(128, 16384, smaller(4)), Some((4, 32, 1)));
+    assert_eq!(of(128, 16385, smaller(4)), None);
+    assert_eq!(of(128, 512, smaller(1)), Some((1, 4, 1)));
     assert_eq!(of(128, 512, smaller(0)), None);
 }
 
