@@ -72,6 +72,7 @@ pub(crate) fn attend(
         // Each draws works until none is left.
         grid: choice.works.min(choice.multiprocessors),
         block: threads(variant),
+        cluster: 1,
         shared: shared_bytes(variant),
         overlaps_previous: choice.overlap,
         params: AttnParams {
