@@ -306,7 +306,13 @@ fn main(
 //# end
     workgroupBarrier();
 //# end
-    for (var key = 0u; key < end; key += KEY_TILE) {
+//# if ROLLED
+    // KEY_TILE, as a number that compilers do not know: they unroll the loop otherwise.
+    let step = min(params.kv_padded, KEY_TILE);
+//# else
+    let step = KEY_TILE;
+//# end
+    for (var key = 0u; key < end; key += step) {
         let boundary = key + KEY_TILE > unmasked;
 
         // Q K^T

@@ -19,8 +19,8 @@
 //! is re-exported; its version is part of this crate's interface.
 //!
 //! # Plans on CUDA
-//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues three kernels
-//!   and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
+//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues two or three
+//!   kernels and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
 //!   as long as it is launched.
 //! - A plan belongs to the stream that it was made on, and its kernels run in that stream's order.
 //!   Different plans, each with its own workspace, may run at the same time on different streams,
@@ -45,6 +45,7 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub use buffer::CudaBuffer;
+use bytemuck::Zeroable;
 pub use cudarc;
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -56,8 +57,8 @@ use sageattn_kernels::abi::{AttnParams, PrepareParams};
 use crate::compile::{Cache, Nvrtc};
 use crate::launch::{Kernel, Params};
 pub use crate::plan::variants;
-use crate::plan::{Choice, CudaPlan, Machine};
-pub use crate::variant::{Attend, Prepare, Variant, WIDTHS};
+use crate::plan::{Choice, CudaPlan, Machine, Preparation, Prepared};
+pub use crate::variant::{Attend, Prepare, PrepareOnce, Variant, WIDTHS};
 
 const NAME: &str = "cuda";
 
@@ -66,6 +67,9 @@ const CAPABILITY: (i32, i32) = (9, 0);
 
 /// The oldest driver whose interface has all that is used.
 const OLDEST_DRIVER: i32 = 12_000;
+
+/// Blocks of the largest cluster that the compute capability allows.
+const LARGEST_CLUSTER: u32 = 16;
 
 /// From this driver on, launches that overlap can be captured in graphs.
 const OVERLAP_IN_GRAPHS: i32 = 12_030;
@@ -124,6 +128,7 @@ impl Cuda {
             machine: Machine {
                 multiprocessors: multiprocessors.unsigned_abs(),
                 overlap: driver >= OVERLAP_IN_GRAPHS,
+                largest_cluster: LARGEST_CLUSTER,
                 lazy_maximum: false,
             },
             prepare: Mutex::default(),
@@ -183,11 +188,58 @@ impl Cuda {
         &self.stream
     }
 
-    fn choose(&self, problem: &Problem, recipe: &Recipe) -> Result<Choice, Unsupported> {
-        plan::choose(problem, recipe, self.machine).map_err(|missing| Unsupported {
+    fn choose(
+        &self,
+        problem: &Problem,
+        recipe: &Recipe,
+        machine: Machine,
+    ) -> Result<Choice, Unsupported> {
+        plan::choose(problem, recipe, machine).map_err(|missing| Unsupported {
             backend: format!("{NAME} ({})", self.info.name),
             missing,
         })
+    }
+
+    /// Chooses, and loads the kernels that prepare K and V. Where this device, perhaps a part of one,
+    /// cannot place clusters of the size chosen, chooses among smaller ones.
+    fn prepared(&self, problem: &Problem, recipe: &Recipe) -> Result<(Choice, Prepared), Error> {
+        let mut machine = self.machine;
+        loop {
+            let choice = self.choose(problem, recipe, machine)?;
+            let kernel = |variant, shared| self.kernel(&self.prepare, variant, shared);
+            let prepared = match choice.prepare {
+                Preparation::Twice(variant) => Prepared::Twice {
+                    variant,
+                    statistics: kernel(Variant::Statistics(variant), 0)?,
+                    encode: kernel(Variant::Encode(variant), 0)?,
+                },
+                Preparation::Once {
+                    variant,
+                    takes_turns,
+                } => {
+                    let shared = quantize::once_shared_bytes(&variant);
+                    let kernel = kernel(Variant::PrepareOnce(variant), shared)?;
+                    let launch = quantize::once(&choice, &variant, 1, PrepareParams::zeroed());
+                    let resident = kernel.resident_clusters(&launch)?;
+                    if resident == 0 {
+                        tracing::debug!(blocks = launch.cluster, "clusters are too large here");
+                        machine.largest_cluster = launch.cluster / 2;
+                        continue;
+                    }
+                    let jobs = 2 * choice.batch * choice.kv_heads;
+                    Prepared::Once {
+                        variant,
+                        clusters: if takes_turns {
+                            resident.min(jobs)
+                        } else {
+                            jobs
+                        },
+                        kernel,
+                    }
+                }
+            };
+            return Ok((choice, prepared));
+        }
     }
 
     /// The kernel, loaded and if need be compiled. Two threads that ask at once may both compile.
@@ -221,7 +273,7 @@ impl Backend for Cuda {
     }
 
     fn supports(&self, problem: &Problem, recipe: &Recipe) -> Result<(), Unsupported> {
-        self.choose(problem, recipe).map(|_| ())
+        self.choose(problem, recipe, self.machine).map(|_| ())
     }
 
     fn preferred(&self, _: &Problem) -> Recipe {
@@ -229,9 +281,8 @@ impl Backend for Cuda {
     }
 
     fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
-        let choice = self.choose(problem, recipe)?;
+        let (choice, prepared) = self.prepared(problem, recipe)?;
         let (scratch, ranges) = choice.scratch();
-        let prepare = choice.prepare;
         let plan = CudaPlan {
             stream: self.stream.clone(),
             problem: *problem,
@@ -239,8 +290,7 @@ impl Backend for Cuda {
             choice,
             scratch,
             ranges,
-            statistics: self.kernel(&self.prepare, Variant::Statistics(prepare), 0)?,
-            encode: self.kernel(&self.prepare, Variant::Encode(prepare), 0)?,
+            prepared,
             attend: self.kernel(
                 &self.attend,
                 Variant::Attend(choice.attend),

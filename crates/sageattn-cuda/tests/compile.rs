@@ -102,7 +102,7 @@ fn spills_allowed(variant: &Variant) -> u32 {
         Variant::Attend(_) => 256,
         // Eight loads in flight, each with the bounds of its cut octet.
         Variant::Statistics(prepare) if prepare.cut => 32,
-        Variant::Statistics(_) | Variant::Encode(_) => 0,
+        Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => 0,
     }
 }
 
@@ -116,6 +116,18 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
                 if count(name) == 0 {
                     return Err(format!("no {name} in the machine code"));
                 }
+            }
+        }
+        Variant::PrepareOnce(_) => {
+            // Copies that no thread waits for, and stores into other blocks that report themselves; a
+            // fence of the whole device would wait for the codes.
+            for name in ["LDGSTS", "STAS"] {
+                if count(name) == 0 {
+                    return Err(format!("no {name} in the machine code"));
+                }
+            }
+            if count("MEMBAR") + count("LDL") + count("STL") > 0 {
+                return Err("a fence of the device, or local memory".to_owned());
             }
         }
         Variant::Statistics(_) | Variant::Encode(_) => {
@@ -186,7 +198,7 @@ fn names_are_distinct(_: &Nvrtc) -> Result<(), Failed> {
 fn a_broken_kernel_gives_its_log(nvrtc: &Nvrtc) -> Result<(), Failed> {
     let attend = variants().into_iter().find_map(|variant| match variant {
         Variant::Attend(attend) => Some(attend),
-        Variant::Statistics(_) | Variant::Encode(_) => None,
+        Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => None,
     });
     let mut attend = attend.ok_or("no attention kernel")?;
     attend.width = 96;

@@ -52,14 +52,24 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
             && tile.invocations() <= limits.max_compute_invocations_per_workgroup
             && tile.invocations() <= limits.max_compute_workgroup_size_x
     };
-    let mut tiles = [64, 32, 16].map(|key_tile| tile(side, facts, request.head_dim, key_tile));
-    let fitting = tiles.iter_mut().find(|tile| fits(tile));
-    fitting
-        .map(|tile| AttendKernel::Matrix(*tile))
-        .ok_or_else(|| {
-            let has = limits.max_compute_workgroup_storage_size;
-            vec![format!("more workgroup memory than its {has} bytes")]
-        })
+    let shapes = shapes(side, request.head_dim).iter();
+    let mut tiles = shapes.map(|shape| tile(side, facts, request.head_dim, *shape));
+    tiles.find(fits).map(AttendKernel::Matrix).ok_or_else(|| {
+        let has = limits.max_compute_workgroup_storage_size;
+        vec![format!("more workgroup memory than its {has} bytes")]
+    })
+}
+
+/// Subgroups, matrices of queries of each, and keys of a step: the fastest first, as measured on an
+/// H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less workgroup memory.
+type TileShape = (u32, u32, u32);
+
+fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
+    match (side, head_dim) {
+        (16, ..=64) => &[(8, 1, 32), (4, 1, 32), (4, 1, 16), (1, 1, 16)],
+        (16, _) => &[(8, 1, 32), (8, 1, 16), (4, 1, 16), (1, 1, 16)],
+        _ => &[(4, 2, 16), (1, 2, 16), (1, 1, 8)],
+    }
 }
 
 /// Rows of the largest square matrices of f16 with f32 sums.
@@ -72,19 +82,19 @@ fn side(facts: &Facts) -> Option<u32> {
     })
 }
 
-fn tile(side: u32, facts: &Facts, head_dim: u32, key_tile: u32) -> MatrixTile {
-    let lanes = facts.subgroup[0];
+fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile {
+    let (subgroups, row_mats, key_tile) = shape;
     MatrixTile {
         side,
-        lanes,
-        subgroups: 1,
-        // An invocation has whole rows to itself.
-        row_mats: lanes.max(16) / side,
+        lanes: facts.subgroup[0],
+        subgroups,
+        row_mats,
         key_tile,
         key_step: key_tile / side,
-        q_resident: head_dim <= 64,
-        staged: false,
-        ahead: false,
+        q_resident: true,
+        staged: true,
+        ahead: true,
+        rolled: true,
         vector_items: facts.vector_items,
         channels: head_dim.next_multiple_of(16),
     }
@@ -145,7 +155,7 @@ mod tests {
             assert_eq!(tile.side, 16);
             assert!(tile.channels >= head_dim && tile.channels < head_dim + 16);
             assert!(tile.workgroup_bytes(false) <= 49152);
-            assert!(tile.rows().is_multiple_of(tile.invocations()));
+            assert!(128 % tile.rows() == 0 && tile.invocations() % tile.rows() == 0);
         }
         let kernel = choose(&facts, &long(128, Pv::I8), Tier::ALL).unwrap();
         assert!(matches!(kernel, AttendKernel::Dot(_)), "{kernel:?}");
@@ -162,6 +172,6 @@ mod tests {
         let AttendKernel::Matrix(tile) = kernel else {
             panic!("{kernel:?}");
         };
-        assert_eq!((tile.side, tile.rows(), tile.invocations()), (8, 16, 8));
+        assert_eq!((tile.side, tile.rows(), tile.invocations()), (8, 64, 32));
     }
 }
