@@ -38,10 +38,6 @@ pub(crate) fn tile(limits: &wgpu::Limits, shape: &Shape, variant: DecodeVariant)
         invocations: 64,
         split: 128,
     };
-    // Longer ranges save partial results. Larger workgroups were slower: fewer of them fit a
-    // multiprocessor, and they wait for each other at each barrier.
-    let tiles = [(128, 512), (128, 256), (128, 128), (64, 256)]
-        .map(|(invocations, split)| DecodeTile { invocations, split });
     let fits = |tile: &DecodeTile| {
         let variant = DecodeVariant {
             tile: *tile,
@@ -49,8 +45,15 @@ pub(crate) fn tile(limits: &wgpu::Limits, shape: &Shape, variant: DecodeVariant)
         };
         variant.workgroup_bytes() <= limits.max_compute_workgroup_storage_size
     };
-    let mut tiles: Vec<_> = tiles.into_iter().filter(fits).collect();
-    tiles.push(SMALLEST);
+    // 128 invocations where any range of theirs fits, else 64. Longer ranges save partial results.
+    let of = |invocations| {
+        let ranges = [512, 256, 128].map(|split| DecodeTile { invocations, split });
+        ranges.into_iter().filter(fits).collect::<Vec<_>>()
+    };
+    let mut tiles = of(128);
+    if tiles.is_empty() {
+        tiles = of(SMALLEST.invocations);
+    }
     let packs = packs(shape) * shape.batch * shape.kv_heads;
     let keys = |tile: DecodeTile| tile.split as usize;
     merge::longest(&tiles, keys, shape.kv_len, packs).unwrap_or(SMALLEST)
@@ -204,6 +207,7 @@ mod tests {
         };
         assert_eq!(tile_of(49152, shape(1, 16384), 128).split, 512);
         assert_eq!(tile_of(49152, shape(1, 1024), 128).split, 128);
+        assert_eq!(tile_of(49152, shape(1, 1024), 128).invocations, 128);
         // Little memory: fewer invocations.
         assert_eq!(tile_of(16384, shape(8, 16384), 128).invocations, 64);
     }
