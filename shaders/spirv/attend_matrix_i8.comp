@@ -158,11 +158,22 @@ void load_values(uint kv_pair, uint key, out uvec4 next[V_LOADS]) {
     }
 }
 
+// Where the n-th of an invocation's vectors goes, in rows of so many vectors so far apart. Where
+// invocations take whole rows at a time, that is a constant beyond the first.
+uint slot(uint n, uint vecs, uint stride) {
+    uint t = gl_LocalInvocationIndex;
+    if (THREADS % vecs == 0) {
+        return n * (THREADS / vecs * stride) + t / vecs * stride + t % vecs;
+    }
+    uint i = n * THREADS + t;
+    return i / vecs * stride + i % vecs;
+}
+
 void stage_keys(uint at, uvec4 next[K_LOADS]) {
     [[unroll]] for (uint n = 0; n < K_LOADS; n++) {
         uint i = n * THREADS + gl_LocalInvocationIndex;
         if (KEY_TILE * K_VECS % THREADS == 0 || i < KEY_TILE * K_VECS) {
-            staged[at + i / K_VECS * K_STRIDE + i % K_VECS] = next[n];
+            staged[at + slot(n, K_VECS, K_STRIDE)] = next[n];
         }
     }
 }
@@ -171,7 +182,7 @@ void stage_values(uint at, uvec4 next[V_LOADS]) {
     [[unroll]] for (uint n = 0; n < V_LOADS; n++) {
         uint i = n * THREADS + gl_LocalInvocationIndex;
         if (KEY_TILE * V_VECS % THREADS == 0 || i < KEY_TILE * V_VECS) {
-            staged[at + V_AT + i / V_VECS * V_STRIDE + i % V_VECS] = next[n];
+            staged[at + V_AT + slot(n, V_VECS, V_STRIDE)] = next[n];
         }
     }
 }
@@ -232,9 +243,9 @@ void main() {
 
     CODES_Q q[BLOCKS * K_STEPS];
     SUMS(float) o[BLOCKS * CHANNELS];
-    // Of an invocation's rows, two a block: the factor of its sums, the maximum in use in log2 units, and
-    // the sum of this invocation's P.
-    float factor[BLOCKS * 2];
+    // The rows of a subgroup lie in one block of 128, which has one scale.
+    const float factor = abs(params.score_scale) * q_scale(pair, first_row);
+    // Of an invocation's rows, two a block: the maximum in use in log2 units, and the sum of its P.
     float maximum[BLOCKS * 2];
     float sum[BLOCKS * 2];
     [[unroll]] for (uint r = 0; r < BLOCKS; r++) {
@@ -250,8 +261,6 @@ void main() {
             o[r * CHANNELS + c] = SUMS(float)(0.0);
         }
         [[unroll]] for (uint h = 0; h < 2; h++) {
-            uint own = row + h * 8 + lane / 4;
-            factor[r * 2 + h] = abs(params.score_scale) * q_scale(pair, own);
             maximum[r * 2 + h] = MASKED;
             sum[r * 2 + h] = 0.0;
         }
@@ -305,10 +314,9 @@ void main() {
         }
 
         // The tile's maxima, in sums and as scores in log2 units.
-        const float scale = k_scale(kv_pair, key);
+        const float scale = max(factor * k_scale(kv_pair, key), SMALLEST);
         float top[BLOCKS * 2];
         float score[BLOCKS * 2];
-        float by[BLOCKS * 2];
         bool raise = false;
         [[unroll]] for (uint i = 0; i < BLOCKS * 2; i++) {
             float x = LOWEST;
@@ -318,8 +326,7 @@ void main() {
                 }
             }
             top[i] = row_max(x);
-            by[i] = max(factor[i] * scale, SMALLEST);
-            score[i] = top[i] > LOWEST ? (top[i] - BIAS) * by[i] : MASKED;
+            score[i] = top[i] > LOWEST ? (top[i] - BIAS) * scale : MASKED;
             raise = raise || score[i] > maximum[i] + STALE;
         }
         if (subgroupAny(raise)) {
@@ -348,7 +355,7 @@ void main() {
                 [[unroll]] for (uint e = 0; e < 4; e++) {
                     uint element = i % 2 * 4 + e;
                     float below = intBitsToFloat(s[i / 2 * KEYS + n][element]) - top[i];
-                    float x = exp2(fma(below, by[i], offset));
+                    float x = exp2(fma(below, scale, offset));
                     sum[i] += x;
                     p[i / 2 * KEYS + n][element] = float16_t(x);
                 }

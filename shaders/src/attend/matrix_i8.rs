@@ -10,7 +10,7 @@ use crate::{DType, Kernel, Pv, RowGroups, Source};
 pub struct MatrixI8Tile {
     /// Subgroups of a workgroup.
     pub subgroups: u32,
-    /// Blocks of 16 queries that each of them holds.
+    /// Blocks of 16 queries that each of them holds, a power of two.
     pub blocks: u32,
     /// Keys staged at a time: 16, 32 or 64.
     pub key_tile: u32,
