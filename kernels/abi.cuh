@@ -13,6 +13,8 @@ constexpr int TILE_KEYS = 128;
 constexpr int K_GROUPS = 4;
 /// Most pieces into which the keys of one head are cut for the sums of the first launch.
 constexpr int MAX_PIECES = 32;
+/// Channels of 16 bits that fill a swizzled row of shared memory: attn_half_sm90 copies tiles in boxes of as many.
+constexpr int BOX_CHANNELS = 64;
 
 /// Parameters of `kv_statistics` and `kv_encode`.
 struct PrepareParams {
@@ -89,9 +91,9 @@ static_assert(sizeof(AttnParams) == 168, "AttnParams in src/abi.rs has the same 
 
 /// Parameters of `attn_half_sm90`.
 struct HalfParams {
-    /// [batch, q_heads, q_len, head_dim] of IN_T in boxes of 64 channels and as many rows as a block has; zeros outside.
+    /// [batch, q_heads, q_len, head_dim] of IN_T in boxes of BOX_CHANNELS channels and 64 * CONSUMERS rows.
     TensorMap q_map;
-    /// [batch, kv_heads, kv_len, head_dim] in boxes of 64 channels and KEYS rows.
+    /// [batch, kv_heads, kv_len, head_dim] in boxes of BOX_CHANNELS channels and KEYS rows.
     TensorMap k_map;
     TensorMap v_map;
     /// [batch, q_heads, q_len, head_dim], elements of IN_T.

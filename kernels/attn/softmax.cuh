@@ -13,6 +13,7 @@
 // e4m3 holds exactly: a few per cent less error, for a few per cent of the speed (docs/kernels/attn_i8_f8_sm90.md).
 #pragma once
 #include "attn/mask.cuh"
+#include "attn/quad.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 
@@ -47,18 +48,6 @@ struct RowState {
     /// This lane's share of the sum of P.
     float sum[2] = {0.f, 0.f};
 };
-
-/// Sum over the quad that shares the rows.
-DEVICE float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-/// Maximum over the quad that shares the rows.
-DEVICE float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
 
 /// P of one tile as A operand of the PV GEMM: k-step t of 32 keys reads words 4t .. 4t + 3. Each word holds a row's keys 2c, 2c + 1, 8 + 2c, 9 + 2c
 /// of 16, c = lane % 4, which the instruction takes for four neighbours: V's keys are stored in that order (quant/kv_encode.cu).

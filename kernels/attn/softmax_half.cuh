@@ -7,11 +7,9 @@
 #pragma once
 #include "attn/mask.cuh"
 #include "attn/quad.cuh"
-#include "ptx/math.cuh"
+#include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
 /// Maximum of a row that has seen no key. Finite, so that no difference of two maxima is NaN.
 constexpr float NO_MAXIMUM = -3e38f;
 /// Smallest c: a scale of 0 still must keep -inf, a masked score, at -inf, and moves no other logit by a bit.

@@ -25,9 +25,8 @@ static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) 
 
 /// Bytes of a row of an operand tile, and channels of one swizzled panel.
 constexpr int WIDTH = HEAD_DIM * 2;
-constexpr int BOX_COLUMNS = 64;
-constexpr int BOX_WIDTH = BOX_COLUMNS * 2;
-constexpr int BOXES = HEAD_DIM / BOX_COLUMNS;
+constexpr int BOX_WIDTH = BOX_CHANNELS * 2;
+constexpr int BOXES = HEAD_DIM / BOX_CHANNELS;
 constexpr u32 Q_BYTES = BLOCK_ROWS * WIDTH;
 constexpr u32 TILE_BYTES = KEYS * WIDTH;
 /// Channels of one P V GEMM.
@@ -119,12 +118,12 @@ struct Pipeline {
     }
 };
 
-/// `rows` rows of a head from `row` on, in panels of BOX_COLUMNS channels.
+/// `rows` rows of a head from `row` on, in panels of BOX_CHANNELS channels.
 template <int rows>
 DEVICE void copy_rows(u32 to, const TensorMap& map, u32 row, u32 head, u32 batch, u32 full) {
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {
-        tensor_copy_to_shared(to + box * rows * BOX_WIDTH, map, box * BOX_COLUMNS, static_cast<i32>(row), static_cast<i32>(head), static_cast<i32>(batch), full);
+        tensor_copy_to_shared(to + box * rows * BOX_WIDTH, map, box * BOX_CHANNELS, static_cast<i32>(row), static_cast<i32>(head), static_cast<i32>(batch), full);
     }
 }
 
@@ -183,7 +182,7 @@ DEVICE void multiply_pv(float (&output)[PANELS][PANEL / 2], const u32 (&p)[KEYS 
     for (int panel = 0; panel < PANELS; ++panel) {
 #pragma unroll
         for (int slice = 0; slice < KEYS / 16; ++slice) {
-            const u64 values = v + (panel * PANEL / BOX_COLUMNS * KEYS * BOX_WIDTH + slice * 16 * BOX_WIDTH) / 16;
+            const u64 values = v + (panel * PANEL / BOX_CHANNELS * KEYS * BOX_WIDTH + slice * 16 * BOX_WIDTH) / 16;
             wgmma_values(IN_T{}, output[panel], p[4 * slice], p[4 * slice + 1], p[4 * slice + 2], p[4 * slice + 3], values, slice > 0 || accumulate);
         }
     }

@@ -32,12 +32,15 @@
 //! | `SAGEATTN_NVRTC` | the NVRTC library to use, a path |
 //! | `SAGEATTN_CACHE` | the folder for compiled kernels; empty for none |
 
+mod attend_half;
 mod attend_sm90;
 mod buffer;
 pub mod compile;
 mod launch;
 mod plan;
+mod preferred;
 mod quantize;
+mod tensor_map;
 mod variant;
 
 use std::collections::HashMap;
@@ -48,16 +51,18 @@ pub use buffer::CudaBuffer;
 pub use cudarc;
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use sageattn_core::scratch::Scratch;
 use sageattn_core::{
     Backend, Buffer, DeviceInfo, DeviceKind, Error, Plan, Problem, Recipe, Unsupported,
 };
-use sageattn_kernels::abi::{AttnParams, PrepareParams};
+use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 
 use crate::compile::{Cache, Nvrtc};
 use crate::launch::{Kernel, Params};
+use crate::plan::half::HalfChoice;
 pub use crate::plan::variants;
-use crate::plan::{Choice, CudaPlan, Machine};
-pub use crate::variant::{Attend, Prepare, Variant, WIDTHS};
+use crate::plan::{Choice, CudaPlan, Machine, Stages};
+pub use crate::variant::{Attend, Half, HalfTile, Prepare, Variant, WIDTHS};
 
 const NAME: &str = "cuda";
 
@@ -80,6 +85,7 @@ pub struct Cuda {
     machine: Machine,
     prepare: Loaded<PrepareParams>,
     attend: Loaded<AttnParams>,
+    half: Loaded<HalfParams>,
 }
 
 /// Kernels in use on this device.
@@ -128,6 +134,7 @@ impl Cuda {
             },
             prepare: Mutex::default(),
             attend: Mutex::default(),
+            half: Mutex::default(),
             stream,
         })
     }
@@ -183,8 +190,14 @@ impl Cuda {
         &self.stream
     }
 
-    fn choose(&self, problem: &Problem, recipe: &Recipe) -> Result<Choice, Unsupported> {
-        plan::choose(problem, recipe, self.machine).map_err(|missing| Unsupported {
+    fn choose(&self, problem: &Problem, recipe: &Recipe) -> Result<Chosen, Unsupported> {
+        let choice = match *recipe {
+            Recipe::HALF => {
+                plan::half::choose(problem, self.machine.multiprocessors).map(Chosen::Half)
+            }
+            _ => plan::choose(problem, recipe, self.machine).map(Chosen::Quantized),
+        };
+        choice.map_err(|missing| Unsupported {
             backend: format!("{NAME} ({})", self.info.name),
             missing,
         })
@@ -211,6 +224,12 @@ impl Cuda {
     }
 }
 
+/// Kernels and tiles for one problem, of either family.
+enum Chosen {
+    Quantized(Choice),
+    Half(HalfChoice),
+}
+
 impl Backend for Cuda {
     fn name(&self) -> &'static str {
         NAME
@@ -224,30 +243,42 @@ impl Backend for Cuda {
         self.choose(problem, recipe).map(|_| ())
     }
 
-    fn preferred(&self, _: &Problem) -> Recipe {
-        Recipe::SAGE2_I8_F8
+    fn preferred(&self, problem: &Problem) -> Recipe {
+        preferred::preferred(problem)
     }
 
     fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
-        let choice = self.choose(problem, recipe)?;
-        let (scratch, ranges) = choice.scratch();
-        let prepare = choice.prepare;
+        let (scratch, stages) = match self.choose(problem, recipe)? {
+            Chosen::Quantized(choice) => {
+                let (scratch, ranges) = choice.scratch();
+                let prepare = choice.prepare;
+                let stages = Stages::Quantized {
+                    statistics: self.kernel(&self.prepare, Variant::Statistics(prepare), 0)?,
+                    encode: self.kernel(&self.prepare, Variant::Encode(prepare), 0)?,
+                    attend: self.kernel(
+                        &self.attend,
+                        Variant::Attend(choice.attend),
+                        attend_sm90::shared_bytes(&choice.attend),
+                    )?,
+                    choice,
+                    ranges,
+                };
+                (scratch, stages)
+            }
+            Chosen::Half(choice) => {
+                let shared = attend_half::shared_bytes(&choice.variant);
+                let attend = self.kernel(&self.half, Variant::Half(choice.variant), shared)?;
+                (Scratch::default(), Stages::Half { choice, attend })
+            }
+        };
         let plan = CudaPlan {
             stream: self.stream.clone(),
             problem: *problem,
             recipe: *recipe,
-            choice,
             scratch,
-            ranges,
-            statistics: self.kernel(&self.prepare, Variant::Statistics(prepare), 0)?,
-            encode: self.kernel(&self.prepare, Variant::Encode(prepare), 0)?,
-            attend: self.kernel(
-                &self.attend,
-                Variant::Attend(choice.attend),
-                attend_sm90::shared_bytes(&choice.attend),
-            )?,
+            stages,
         };
-        tracing::debug!(plan = %plan.describe(), ?choice, "planned");
+        tracing::debug!(plan = %plan.describe(), stages = ?plan.stages, "planned");
         Ok(Box::new(plan))
     }
 

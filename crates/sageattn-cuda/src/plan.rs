@@ -10,14 +10,17 @@ use sageattn_core::{
     Recipe, Smooth,
 };
 use sageattn_kernels::abi::{
-    AttnParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS, WARPGROUP_ROWS,
+    AttnParams, HalfParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS, WARPGROUP_ROWS,
 };
 
-use crate::attend_sm90;
+use self::half::HalfChoice;
 use crate::buffer::{Tensor, in_context};
 use crate::launch::Kernel;
 use crate::quantize;
 use crate::variant::{Attend, Prepare, Variant, WIDTHS};
+use crate::{attend_half, attend_sm90};
+
+pub(crate) mod half;
 
 /// Blocks of one launch that CUDA allows in the x dimension.
 const MAX_GRID: u64 = (1 << 31) - 1;
@@ -74,25 +77,14 @@ pub(crate) fn choose(
     let shape = problem.shape();
     let mut missing = Vec::new();
     if recipe.with_smooth(Smooth::Mean) != Recipe::SAGE2_I8_F8 {
-        missing.push(format!("recipe {recipe}: this version has sage2-i8-f8"));
+        missing.push(format!(
+            "recipe {recipe}: this version has sage2-i8-f8 and half"
+        ));
     }
-    let (causal, diagonal) = match problem.mask() {
-        Mask::None => (false, 0),
-        Mask::Causal(Align::TopLeft) => (true, 0),
-        Mask::Causal(Align::BottomRight) => {
-            let distance = shape.kv_len.cast_signed() - shape.q_len.cast_signed();
-            (true, distance as i64)
-        }
-        mask => {
-            missing.push(format!("mask {mask:?}"));
-            (false, 0)
-        }
-    };
+    let (causal, diagonal) = diagonal(problem, &mut missing);
 
     let head_dim = small(shape.head_dim);
-    // Zero channels cost time but change nothing; head_dim is at most the largest width.
-    let width = WIDTHS.into_iter().find(|&width| head_dim <= width);
-    let width = width.unwrap_or(WIDTHS[WIDTHS.len() - 1]);
+    let width = width(shape.head_dim);
     let cut = !head_dim.is_multiple_of(OCTET);
     let (consumers, stages) = tile(width);
 
@@ -154,6 +146,30 @@ pub(crate) fn choose(
         diagonal,
         overlap: machine.overlap,
     })
+}
+
+/// Whether the mask is causal, and the last key that row 0 sees.
+fn diagonal(problem: &Problem, missing: &mut Vec<String>) -> (bool, i64) {
+    let shape = problem.shape();
+    match problem.mask() {
+        Mask::None => (false, 0),
+        Mask::Causal(Align::TopLeft) => (true, 0),
+        Mask::Causal(Align::BottomRight) => {
+            let distance = shape.kv_len.cast_signed() - shape.q_len.cast_signed();
+            (true, distance as i64)
+        }
+        mask => {
+            missing.push(format!("mask {mask:?}"));
+            (false, 0)
+        }
+    }
+}
+
+/// The head dimension that kernels have: zero channels cost time but change nothing.
+fn width(head_dim: usize) -> u32 {
+    let width = WIDTHS.into_iter().find(|&width| head_dim <= width as usize);
+    // head_dim is at most the largest.
+    width.unwrap_or(WIDTHS[WIDTHS.len() - 1])
 }
 
 /// Consumer warpgroups and stages of the attention kernel. A block has the multiprocessor's 64 Ki
@@ -218,6 +234,7 @@ pub fn variants() -> Vec<Variant> {
             variants.extend([true, false].map(|maximum| Variant::Attend(attend(maximum))));
         }
     }
+    variants.extend(half::variants());
     variants
 }
 
@@ -268,12 +285,26 @@ pub(crate) struct CudaPlan {
     pub(crate) stream: Arc<CudaStream>,
     pub(crate) problem: Problem,
     pub(crate) recipe: Recipe,
-    pub(crate) choice: Choice,
     pub(crate) scratch: Scratch,
-    pub(crate) ranges: Ranges,
-    pub(crate) statistics: Arc<Kernel<PrepareParams>>,
-    pub(crate) encode: Arc<Kernel<PrepareParams>>,
-    pub(crate) attend: Arc<Kernel<AttnParams>>,
+    pub(crate) stages: Stages,
+}
+
+/// What a plan launches.
+#[derive(Debug)]
+pub(crate) enum Stages {
+    /// K and V to codes, then attention over them.
+    Quantized {
+        choice: Choice,
+        ranges: Ranges,
+        statistics: Arc<Kernel<PrepareParams>>,
+        encode: Arc<Kernel<PrepareParams>>,
+        attend: Arc<Kernel<AttnParams>>,
+    },
+    /// Attention on the tensors as they are.
+    Half {
+        choice: HalfChoice,
+        attend: Arc<Kernel<HalfParams>>,
+    },
 }
 
 impl CudaPlan {
@@ -301,16 +332,27 @@ impl CudaPlan {
             .bind_to_thread()
             .map_err(|error| Error::device("making the context current", error))?;
 
-        let (choice, ranges) = (&self.choice, &self.ranges);
-        let prepare = quantize::params(choice, ranges, scratch, k, v);
-        self.statistics
-            .enqueue(&self.stream, &quantize::statistics(choice, prepare))?;
-        after("statistics")?;
-        self.encode
-            .enqueue(&self.stream, &quantize::encode(choice, prepare))?;
-        after("encode")?;
-        let attend = attend_sm90::attend(choice, ranges, scratch, q, o, lse);
-        self.attend.enqueue(&self.stream, &attend)?;
+        match &self.stages {
+            Stages::Quantized {
+                choice,
+                ranges,
+                statistics,
+                encode,
+                attend,
+            } => {
+                let prepare = quantize::params(choice, ranges, scratch, k, v);
+                statistics.enqueue(&self.stream, &quantize::statistics(choice, prepare))?;
+                after("statistics")?;
+                encode.enqueue(&self.stream, &quantize::encode(choice, prepare))?;
+                after("encode")?;
+                let launch = attend_sm90::attend(choice, ranges, scratch, q, o, lse);
+                attend.enqueue(&self.stream, &launch)?;
+            }
+            Stages::Half { choice, attend } => {
+                let launch = attend_half::attend(choice, [q, k, v], o, lse)?;
+                attend.enqueue(&self.stream, &launch)?;
+            }
+        }
         after("attend")
     }
 
@@ -324,10 +366,20 @@ impl CudaPlan {
 
 impl Plan for CudaPlan {
     fn describe(&self) -> Description {
+        let (variant, rounding) = match &self.stages {
+            Stages::Quantized { choice, .. } => (
+                Variant::Attend(choice.attend),
+                attend_sm90::rounding(&choice.attend),
+            ),
+            Stages::Half { choice, .. } => (
+                Variant::Half(choice.variant),
+                attend_half::rounding(&choice.variant),
+            ),
+        };
         Description {
-            variant: Variant::Attend(self.choice.attend).name(),
+            variant: variant.name(),
             recipe: self.recipe,
-            rounding: attend_sm90::rounding(&self.choice.attend),
+            rounding,
             scratch: self.scratch.ranges().to_vec(),
         }
     }
