@@ -18,10 +18,11 @@ constexpr int WARPGROUP = 128;
 constexpr int ROWS = 64;
 constexpr int BLOCK_ROWS = CONSUMERS * ROWS;
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-/// Registers a thread after the roles have parted; the pool is 65536.
+/// Registers a thread: at launch, and after the roles have parted. A block's pool is what it was launched with, not the multiprocessor's.
+constexpr int LAUNCH_REGISTERS = CONSUMERS == 2 ? 168 : 128;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : CONSUMERS == 3 ? 160 : 120;
-static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= 65536, "the last warpgroup to ask would wait for ever");
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS, "the last warpgroup to ask would wait for ever");
 
 /// Bytes of a row of an operand tile, and channels of one swizzled panel.
 constexpr int WIDTH = HEAD_DIM * 2;
