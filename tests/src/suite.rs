@@ -146,7 +146,13 @@ impl Suite {
                 Some(Err(error)) => Err(Failure::Wrong(format!("the case itself: {error}"))),
                 None => Err(Failure::Wrong("the case was not prepared".to_owned())),
             };
+            let gap = expectations.refusal(device.name(), &recipe, case.dtype);
             match (result, known) {
+                (Ok(_), None) if let Some(gap) = gap => {
+                    let text =
+                        format!("runs, but expectations.toml has it refused: {}", gap.reason);
+                    Err(failed(&tally, &label, &text))
+                }
                 (Ok(report), None) => {
                     tally.measured(&label, &case, &recipe_name, &report);
                     passed(&tally, &label)
@@ -160,7 +166,7 @@ impl Suite {
                     Ok(ignored(&tally, &label, &reason))
                 }
                 (Err(Failure::Unsupported(refusal)), None)
-                    if !expectations.claims(device.name()).recipe(&recipe) =>
+                    if gap.is_some() || !expectations.claims(device.name()).recipe(&recipe) =>
                 {
                     Ok(ignored(&tally, &label, &refusal.missing.join("; ")))
                 }
