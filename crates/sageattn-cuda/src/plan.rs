@@ -166,7 +166,7 @@ fn diagonal(problem: &Problem, missing: &mut Vec<String>) -> (bool, i64) {
 }
 
 /// The head dimension that kernels have: zero channels cost time but change nothing.
-fn width(head_dim: usize) -> u32 {
+pub(crate) fn width(head_dim: usize) -> u32 {
     let width = WIDTHS.into_iter().find(|&width| head_dim <= width as usize);
     // head_dim is at most the largest.
     width.unwrap_or(WIDTHS[WIDTHS.len() - 1])
