@@ -20,7 +20,7 @@
 //!
 //! # Plans on CUDA
 //! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues three kernels
-//!   and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
+//!   (`sage2-i8-f8`) or one (`half`) and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
 //!   as long as it is launched.
 //! - A plan belongs to the stream that it was made on, and its kernels run in that stream's order.
 //!   Different plans, each with its own workspace, may run at the same time on different streams,
