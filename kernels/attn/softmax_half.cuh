@@ -37,9 +37,9 @@ DEVICE void negate_scores(float (&s)[words]) {
     for (int i = 0; i < words; ++i) s[i] = -s[i];
 }
 
-/// Scores to P, not yet rounded, in place. `shrink`: by what sums and O of earlier tiles are multiplied.
+/// Scores to P, not yet rounded, in place. `shrink`: by what sums and O of earlier tiles are multiplied. Returns the sum of this thread's P.
 template <int words>
-DEVICE void scores_to_p(float (&s)[words], float (&shrink)[2], RowState& rows, float c) {
+DEVICE float scores_to_p(float (&s)[words], float (&shrink)[2], RowState& rows, float c) {
     // Two chains a row: one would wait for itself.
     float top[2][2] = {{rows.maximum[0], s[0]}, {rows.maximum[1], s[2]}};
 #pragma unroll
@@ -72,6 +72,8 @@ DEVICE void scores_to_p(float (&s)[words], float (&shrink)[2], RowState& rows, f
         s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, -offset[row]));
         sum[row][i % 2] += s[i];
     }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) rows.sum[row] += sum[row][0] + sum[row][1];
+    const float tile_sum[2] = {sum[0][0] + sum[0][1], sum[1][0] + sum[1][1]};
+    rows.sum[0] += tile_sum[0];
+    rows.sum[1] += tile_sum[1];
+    return tile_sum[0] + tile_sum[1];
 }

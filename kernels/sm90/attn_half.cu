@@ -257,12 +257,6 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     };
     // Scores of `tile` of the current work, which are complete, to P.
     const auto softmax = [&]() {
-        k_ring.release(k_at, elected);
-        k_at.advance();
-        if (tile + 1 == tiles) {
-            q_ring.release(q_at, elected);
-            q_at.advance();
-        }
         if (negative) negate_scores(scores);
         if (tile >= whole_tiles) {
             i32 last[2];
@@ -273,7 +267,16 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
             }
             mask_scores(scores, last);
         }
-        scores_to_p(scores, shrink, rows, c);
+        const float sum = scores_to_p(scores, shrink, rows, c);
+        // The stage could be given back before. But no sum of P is below -c, which the compiler cannot know: the exponentials stay ahead of this
+        // arrival, and with it of the wait for P V, which ptxas would otherwise move in front of them.
+        const bool done = elected && !(sum < -c);
+        k_ring.release(k_at, done);
+        k_at.advance();
+        if (tile + 1 == tiles) {
+            q_ring.release(q_at, done);
+            q_at.advance();
+        }
     };
     const auto pack = [&]() {
 #pragma unroll
@@ -327,8 +330,6 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         wgmma_wait<1>();
         wgmma_result(scores);
         softmax();
-        // Pins the exponentials before the wait, where the compiler would not leave them.
-        wgmma_result(scores);
         finish_pv();
         if (ends) {
             store_rows(params, done, done.row + warpgroup * ROWS, output, done_rows, c);

@@ -120,12 +120,19 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
                 }
             }
         }
-        Variant::Half(_) => {
+        Variant::Half(half) => {
             // 16-bit products on the tensor cores, V read across its rows, boxes by the copy engine.
             for name in ["HGMMA", "tnspB", "UTMALDG"] {
                 if count(name) == 0 {
                     return Err(format!("no {name} in the machine code"));
                 }
+            }
+            let beside = exponentials_beside_pv(sass);
+            if beside.is_none_or(|count| count < half.tile.keys as usize / 2) {
+                return Err(format!(
+                    "{beside:?} of {} exponentials a thread run beside P V",
+                    half.tile.keys / 2
+                ));
             }
         }
         Variant::Statistics(_) | Variant::Encode(_) => {
@@ -155,6 +162,20 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Exponentials between the wait for the scores, with P V in flight, and the wait for P V.
+fn exponentials_beside_pv(sass: &str) -> Option<usize> {
+    let lines: Vec<&str> = sass.lines().collect();
+    let waits = |from: usize, pending: &str| {
+        let wait = format!("DEPBAR.LE gsb0, {pending}");
+        let found = lines[from..].iter().position(|line| line.contains(&wait));
+        found.map(|at| from + at)
+    };
+    let start = waits(0, "0x1")?;
+    let end = waits(start, "0x0")?;
+    let between = lines[start..end].iter();
+    Some(between.filter(|line| line.contains("MUFU.EX2")).count())
 }
 
 /// `nvdisasm` of the toolkit or wheel that NVRTC came from, or of the path.
