@@ -9,7 +9,6 @@
 #include "tile/ring.cuh"
 #include "tile/store_rows.cuh"
 #include "tile/swizzle.cuh"
-#include "tile/turns.cuh"
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to one of these by the copy engine");
 static_assert(IN_T::bytes == 2, "operands of 16 bits");
@@ -30,6 +29,8 @@ constexpr int BOX_WIDTH = BOX_CHANNELS * 2;
 constexpr int BOXES = HEAD_DIM / BOX_CHANNELS;
 constexpr u32 Q_BYTES = BLOCK_ROWS * WIDTH;
 constexpr u32 TILE_BYTES = KEYS * WIDTH;
+/// Q as A operand from registers spares the shared-memory port a fifth of its reads. At HEAD_DIM 256 there is no room for 64 more registers.
+constexpr bool Q_IN_REGISTERS = HEAD_DIM < 256;
 /// Channels of one P V GEMM.
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
 constexpr int PANELS = HEAD_DIM / PANEL;
@@ -169,11 +170,46 @@ DEVICE u64 moved(u64 descriptor, u32 by) {
     return descriptor >> 32 << 32 | low;
 }
 
-/// S = Q K^T.
-DEVICE void multiply_qk(float (&scores)[KEYS / 2], u64 q, u64 k) {
+/// Q of a warpgroup as A operand of the GEMM, taken from where its slot of shared memory holds it.
+template <bool in_registers>
+struct QOperand;
+
+/// In registers: word i of step s is, of a warp's 16 rows, row lane / 4 + 8 (i % 2), channels 16 s + 8 (i / 2) + 2 (lane % 4) and the next.
+template <>
+struct QOperand<true> {
+    u32 word[HEAD_DIM / 16][4];
+
+    DEVICE void take(u32 slot, int warpgroup) {
+        const int lane = threadIdx.x % 32;
+        const int row = warpgroup * ROWS + threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int slice = 0; slice < HEAD_DIM / 16; ++slice) {
-        wgmma_scores(IN_T{}, scores, q + slice_offset<BLOCK_ROWS, WIDTH>(slice) / 16, k + slice_offset<KEYS, WIDTH>(slice) / 16, slice > 0);
+        for (int step = 0; step < HEAD_DIM / 16; ++step) {
+            load_matrices(word[step], slot + swizzled<BLOCK_ROWS, WIDTH>(row, 32 * step + 16 * (lane / 16)));
+        }
+    }
+    DEVICE const u32 (&operand(int step) const)[4] {
+        return word[step];
+    }
+};
+
+/// In the slot itself, which is in use for as long.
+template <>
+struct QOperand<false> {
+    u64 descriptor;
+
+    DEVICE void take(u32 slot, int warpgroup) {
+        descriptor = moved(operand_descriptor<WIDTH>(slot), warpgroup * ROWS * BOX_WIDTH / 16);
+    }
+    DEVICE u64 operand(int step) const {
+        return descriptor + slice_offset<BLOCK_ROWS, WIDTH>(step) / 16;
+    }
+};
+
+/// S = Q K^T.
+DEVICE void multiply_qk(float (&scores)[KEYS / 2], const QOperand<Q_IN_REGISTERS>& q, u64 k) {
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        wgmma_scores(IN_T{}, scores, q.operand(step), k + slice_offset<KEYS, WIDTH>(step) / 16, step > 0);
     }
 }
 
@@ -227,10 +263,8 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     const QRing q_ring = pipeline.q();
     const KRing k_ring = pipeline.k();
     const VRing v_ring = pipeline.v();
-    const u64 q_slots = operand_descriptor<WIDTH>(pipeline.shared + warpgroup * ROWS * BOX_WIDTH);
     const u64 k_stages = operand_descriptor<WIDTH>(pipeline.shared + K_AT);
     const u64 v_stages = transposed_descriptor<KEYS>(pipeline.shared + V_AT);
-    const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
     Cursor<Q_SLOTS> q_at;
     Cursor<K_STAGES> k_at;
     Cursor<V_STAGES> v_at;
@@ -243,14 +277,28 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     int whole_tiles = unmasked_tiles(params, work.row + warpgroup * ROWS);
     int tile = 0;
 
+    QOperand<Q_IN_REGISTERS> q;
     float scores[KEYS / 2];
     float output[PANELS][PANEL / 2];
     u32 p[KEYS / 4];
     RowState rows;
     float shrink[2];
 
+    const auto release_q = [&](bool done) {
+        q_ring.release(q_at, done);
+        q_at.advance();
+    };
+    // Q of the current work. Once in registers, its slot is free.
+    const auto take_q = [&]() {
+        q_ring.wait(q_at);
+        q.take(pipeline.shared + q_at.stage * Q_BYTES, warpgroup);
+        if constexpr (Q_IN_REGISTERS) {
+            __syncwarp();
+            release_q(elected);
+        }
+    };
     const auto issue_qk = [&]() {
-        const u64 q = moved(q_slots, q_at.stage * (Q_BYTES / 16)), k = moved(k_stages, k_at.stage * (TILE_BYTES / 16));
+        const u64 k = moved(k_stages, k_at.stage * (TILE_BYTES / 16));
         wgmma_fence();
         multiply_qk(scores, q, k);
         wgmma_commit();
@@ -273,10 +321,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         const bool done = elected && !(sum < -c);
         k_ring.release(k_at, done);
         k_at.advance();
-        if (tile + 1 == tiles) {
-            q_ring.release(q_at, done);
-            q_at.advance();
-        }
+        if (!Q_IN_REGISTERS && tile + 1 == tiles) release_q(done);
     };
     const auto pack = [&]() {
 #pragma unroll
@@ -294,13 +339,13 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         v_at.advance();
     };
 
-    turns.open();
-    q_ring.wait(q_at);
+    take_q();
     k_ring.wait(k_at);
     issue_qk();
     wgmma_wait<0>();
     wgmma_result(scores);
     softmax();
+    bool k_ready = k_ring.ready(k_at), v_ready = v_ring.ready(v_at);
     pack();
 
     // P of a tile is there, and the next scores are asked for before it is multiplied: also across works.
@@ -319,14 +364,12 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
             whole_tiles = unmasked_tiles(params, work.row + warpgroup * ROWS);
             tile = 0;
             rows = RowState{};
-            q_ring.wait(q_at);
+            take_q();
         }
-        k_ring.wait(k_at);
-        v_ring.wait(v_at);
-        turns.wait();
+        if (!k_ready) k_ring.wait(k_at);
+        if (!v_ready) v_ring.wait(v_at);
         issue_qk();
         issue_pv(accumulate);
-        turns.pass();
         wgmma_wait<1>();
         wgmma_result(scores);
         softmax();
@@ -340,16 +383,16 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
                 for (int i = 0; i < PANEL / 2; ++i) output[panel][i] *= shrink[fragment_row(i)];
             }
         }
+        // Asked for here, the answers are there when P is packed.
+        k_ready = k_ring.ready(k_at);
+        v_ready = v_ring.ready(v_at);
         pack();
     }
     v_ring.wait(v_at);
-    turns.wait();
     wgmma_fence();
     issue_pv(tile > 1);
-    turns.pass();
     finish_pv();
     store_rows(params, work, work.row + warpgroup * ROWS, output, rows, c);
-    turns.close();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_half_sm90(const __grid_constant__ HalfParams params) {

@@ -76,30 +76,31 @@ pub(crate) fn choose(problem: &Problem, multiprocessors: u32) -> Result<HalfChoi
 }
 
 /// How a block is cut. It has the multiprocessor's 64 Ki registers and 227 KiB of shared memory to
-/// itself: two warpgroups of 240 registers hold S, P and O, and slots for two blocks of Q let the next
-/// work start before the last one ends.
+/// itself. Two warpgroups of 240 registers hold S, P and O, and below 256 channels Q as well, so that one
+/// slot suffices for Q to come ahead; stages take what is left.
 const fn tile(width: u32) -> HalfTile {
     match width {
         64 => HalfTile {
             consumers: 2,
             keys: 128,
-            q_slots: 2,
-            k_stages: 4,
-            v_stages: 4,
+            q_slots: 1,
+            k_stages: 5,
+            v_stages: 5,
         },
         128 => HalfTile {
             consumers: 2,
             keys: 128,
-            q_slots: 2,
-            k_stages: 3,
-            v_stages: 2,
-        },
-        // O alone takes 128 registers a thread, Q 64 KiB.
-        _ => HalfTile {
-            consumers: 2,
-            keys: 64,
             q_slots: 1,
             k_stages: 3,
+            v_stages: 3,
+        },
+        // O alone takes 128 registers a thread, Q 64 KiB. 80 keys are what the registers still hold, and
+        // two stages of each what shared memory does.
+        _ => HalfTile {
+            consumers: 2,
+            keys: 80,
+            q_slots: 1,
+            k_stages: 2,
             v_stages: 2,
         },
     }
@@ -154,7 +155,7 @@ mod tests {
         // 1000 rows in blocks of 128, for 16 heads.
         assert_eq!((choice.row_blocks, choice.items), (8, 128));
         let name = Variant::Half(choice.variant).name();
-        assert_eq!(name, "attn_half_sm90_d128_bf16_cut_c2n128s232");
+        assert_eq!(name, "attn_half_sm90_d128_bf16_cut_c2n128s133");
     }
 
     #[test]
