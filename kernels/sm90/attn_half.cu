@@ -345,7 +345,6 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     wgmma_wait<0>();
     wgmma_result(scores);
     softmax();
-    bool k_ready = k_ring.ready(k_at), v_ready = v_ring.ready(v_at);
     pack();
 
     // P of a tile is there, and the next scores are asked for before it is multiplied: also across works.
@@ -366,8 +365,8 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
             rows = RowState{};
             take_q();
         }
-        if (!k_ready) k_ring.wait(k_at);
-        if (!v_ready) v_ring.wait(v_at);
+        k_ring.wait(k_at);
+        v_ring.wait(v_at);
         issue_qk();
         issue_pv(accumulate);
         wgmma_wait<1>();
@@ -383,9 +382,6 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
                 for (int i = 0; i < PANEL / 2; ++i) output[panel][i] *= shrink[fragment_row(i)];
             }
         }
-        // Asked for here, the answers are there when P is packed.
-        k_ready = k_ring.ready(k_at);
-        v_ready = v_ring.ready(v_at);
         pack();
     }
     v_ring.wait(v_at);

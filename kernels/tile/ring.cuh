@@ -51,10 +51,6 @@ struct Ring {
     DEVICE void wait(Cursor<stages> at) const {
         mbarrier_wait(full(at.stage), at.parity);
     }
-    /// Reader: whether the stage's bytes are there, without waiting for them.
-    DEVICE bool ready(Cursor<stages> at) const {
-        return mbarrier_test_wait(full(at.stage), at.parity);
-    }
     /// Reader: gives the stage back; one lane of each reading warp, after the warp's last read has ended.
     DEVICE void release(Cursor<stages> at, bool elected) const {
         if (elected) mbarrier_arrive(empty(at.stage));
