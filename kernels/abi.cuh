@@ -16,7 +16,7 @@ constexpr int MAX_PIECES = 32;
 /// Channels of 16 bits that fill a swizzled row of shared memory: attn_half_sm90 copies tiles in boxes of as many.
 constexpr int BOX_CHANNELS = 64;
 
-/// Parameters of `kv_statistics` and `kv_encode`.
+/// Parameters of `kv_statistics`, `kv_encode` and `kv_prepare_sm90`.
 struct PrepareParams {
     /// [batch, kv_heads, kv_len, head_dim], elements of IN_T.
     const void* k;
@@ -41,13 +41,14 @@ struct PrepareParams {
     u32 head_dim;
     /// Tiles of 128 keys in one head: ceil(kv_len / 128).
     u32 tiles;
-    /// Pieces that each head is cut into, 1 to MAX_PIECES, and tiles in a piece: ceil(tiles / pieces).
+    /// Pieces that each head is cut into, 1 to MAX_PIECES (kv_prepare_sm90: blocks of a cluster), and tiles in a piece: ceil(tiles / pieces).
     u32 pieces;
     u32 tiles_per_piece;
     /// Keys that the mean is taken over: kv_len, or fewer for evenly spaced ones (key floor(i * kv_len / samples), i < samples).
     u32 samples;
-    u32 reserved;
-    /// The counter that the attention blocks draw their work from; kv_encode sets it to 0.
+    /// batch * kv_heads.
+    u32 heads;
+    /// The counter that the attention blocks draw their work from; kv_encode or kv_prepare_sm90 sets it to 0.
     u32* next_work;
 };
 static_assert(sizeof(PrepareParams) == 160, "PrepareParams in src/abi.rs has the same size");

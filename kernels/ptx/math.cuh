@@ -45,6 +45,13 @@ DEVICE u32 pick_bytes(u32 a, u32 b) {
     return word;
 }
 
+/// The larger of the two lower and of the two upper halves. PTX ISA 9.7.1.14, max.
+DEVICE u32 max_u16x2(u32 a, u32 b) {
+    u32 word;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+
 /// Four floats as e4m3 bytes, the first in the lowest: nearest even, saturated at +-448. PTX ISA 9.7.9.21, cvt.
 DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     u32 word;
@@ -56,6 +63,9 @@ DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
         : "f"(a), "f"(b), "f"(c), "f"(d));
     return word;
 }
+
+/// 1.0 four times.
+constexpr u32 FOUR_ONES_E4M3 = 0x38383838;
 
 /// Two halves in one word, the first in the lower. PTX ISA 9.7.9.21, cvt.
 DEVICE u32 pack_f16(float a, float b) {

@@ -25,6 +25,11 @@ DEVICE void store_16_bytes(void* to, u32 a, u32 b, u32 c, u32 d) {
 }
 
 /// PTX ISA 9.7.9.12, st.
+DEVICE void store_4_bytes(void* to, u32 a) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(a) : "memory");
+}
+
+/// PTX ISA 9.7.9.12, st.
 DEVICE void store_8_bytes(void* to, u32 a, u32 b) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }

@@ -15,7 +15,7 @@ pub const WARPGROUP_ROWS: u32 = 64;
 /// Channels of 16 bits that fill a swizzled row of shared memory: `attn_half_sm90` copies tiles in boxes of as many.
 pub const BOX_CHANNELS: u32 = 64;
 
-/// Parameters of `kv_statistics` and `kv_encode`.
+/// Parameters of `kv_statistics`, `kv_encode` and `kv_prepare_sm90`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct PrepareParams {
@@ -49,14 +49,14 @@ pub struct PrepareParams {
     pub head_dim: u32,
     /// Tiles of 128 keys in one head: ceil(kv_len / 128).
     pub tiles: u32,
-    /// Pieces that each head is cut into, 1 to [`MAX_PIECES`].
+    /// Pieces that each head is cut into, 1 to [`MAX_PIECES`]; for `kv_prepare_sm90` the blocks of a cluster.
     pub pieces: u32,
     /// Tiles in a piece: ceil(tiles / pieces).
     pub tiles_per_piece: u32,
     /// Keys that the mean is taken over: `kv_len`, or fewer for evenly spaced ones.
     pub samples: u32,
-    /// 0.
-    pub reserved: u32,
+    /// batch * `kv_heads`.
+    pub heads: u32,
     /// One u32: the counter that the attention blocks draw their work from.
     pub next_work: u64,
 }

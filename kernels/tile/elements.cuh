@@ -66,6 +66,15 @@ DEVICE void widen(float (&x)[OCTET], const RawOctet<F32>& raw) {
     for (int i = 0; i < OCTET; ++i) x[i] = __uint_as_float(raw.word[i / 4][i % 4]);
 }
 
+/// The larger of two magnitudes, in the element type's own bits, `largest` being one already: magnitudes are ordered as their bits are.
+template <class T>
+DEVICE u32 larger_magnitudes(T, u32 largest, u32 word) {
+    return max_u16x2(largest, word & 0x7fff7fffu);
+}
+DEVICE u32 larger_magnitudes(F32, u32 largest, u32 word) {
+    return max(largest, word & 0x7fffffffu);
+}
+
 /// Address of a row of a strided tensor.
 template <class T>
 DEVICE const u8* row_address(const void* base, const i64 (&stride)[3], i64 batch, i64 head, i64 row) {

@@ -131,22 +131,25 @@ impl Suite {
     }
 
     fn trial(&self, found: &Found, case: Case, recipe: Recipe) -> Trial {
-        let Found { label, device } = found.clone();
+        let Found {
+            label,
+            name: backend,
+            device,
+        } = found.clone();
         let (tally, cache) = (Arc::clone(&self.tally), Arc::clone(&self.prepared));
         let expectations = Arc::clone(&self.expectations);
         let name = format!("[{label}] {} {recipe}", case.name);
         Trial::ignorable_test(name, move || {
             let info = device.device();
             let recipe_name = recipe.to_string();
-            let known =
-                expectations.known_failure(device.name(), &info.name, &case.name, &recipe_name);
+            let known = expectations.known_failure(&backend, &info.name, &case.name, &recipe_name);
             let cell = cache.get(&case, info.kind);
             let result = match cell.get() {
                 Some(Ok(prepared)) => runner::run(&*device, prepared, &recipe),
                 Some(Err(error)) => Err(Failure::Wrong(format!("the case itself: {error}"))),
                 None => Err(Failure::Wrong("the case was not prepared".to_owned())),
             };
-            let gap = expectations.refusal(device.name(), &recipe, case.dtype);
+            let gap = expectations.refusal(&backend, &recipe, case.dtype);
             match (result, known) {
                 (Ok(_), None) if let Some(gap) = gap => {
                     let text =
@@ -166,7 +169,7 @@ impl Suite {
                     Ok(ignored(&tally, &label, &reason))
                 }
                 (Err(Failure::Unsupported(refusal)), None)
-                    if gap.is_some() || !expectations.claims(device.name()).recipe(&recipe) =>
+                    if gap.is_some() || !expectations.claims(&backend).recipe(&recipe) =>
                 {
                     Ok(ignored(&tally, &label, &refusal.missing.join("; ")))
                 }
@@ -209,7 +212,7 @@ impl Suite {
     /// Backends on which fewer trials ran than the committed number.
     fn too_few(&self, found: &[Found]) -> Vec<String> {
         let short = found.iter().filter_map(|found| {
-            let at_least = self.expectations.claims(found.device.name()).at_least;
+            let at_least = self.expectations.claims(&found.name).at_least;
             let counts = self.tally.counts(&found.label);
             let ran = counts.passed + counts.failed;
             (ran < at_least).then(|| {

@@ -61,6 +61,7 @@ pub(crate) fn attend(
         // Each walks a fixed sequence of items.
         grid: choice.items.min(choice.multiprocessors),
         block: threads(variant),
+        cluster: 1,
         shared: shared_bytes(variant),
         // What ran before may have written the tensors: the kernel reads them at once.
         overlaps_previous: false,

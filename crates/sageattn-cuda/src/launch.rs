@@ -32,10 +32,10 @@ macro_rules! fields {
 // SAFETY: nine device addresses, six i64, eight u32, one device address: 160 bytes without padding, as
 // PrepareParams in abi.cuh; compiling a kernel checks size and offsets.
 unsafe impl Params for PrepareParams {
-    const ENTRIES: &'static [&'static str] = &["kv_statistics", "kv_encode"];
+    const ENTRIES: &'static [&'static str] = &["kv_statistics", "kv_encode", "kv_prepare_sm90"];
     const FIELDS: &'static [(&'static str, usize)] = fields! {
         k v k_sums v_maxima k_mean v_scales k_scales k_codes v_codes k_stride v_stride kv_heads kv_len
-        head_dim tiles pieces tiles_per_piece samples reserved next_work
+        head_dim tiles pieces tiles_per_piece samples heads next_work
     };
 }
 
@@ -66,6 +66,8 @@ pub(crate) struct Launch<P> {
     pub(crate) grid: u32,
     /// Threads in a block.
     pub(crate) block: u32,
+    /// Blocks of a cluster, which share their shared memory; 1 for none. Divides `grid`.
+    pub(crate) cluster: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub(crate) shared: u32,
     /// The kernel waits itself for the launch before it (griddepcontrol.wait), so it may start early.
@@ -73,6 +75,57 @@ pub(crate) struct Launch<P> {
     /// What the kernel is told. Addresses in it come from tensors that were bound to the problem, and
     /// from a workspace that was checked for size and overlap.
     pub(crate) params: P,
+}
+
+/// Clusters up to this size run wherever clusters do; larger ones where a kernel has been allowed them.
+const PORTABLE_CLUSTER: u32 = 8;
+
+impl<P> Launch<P> {
+    /// Overlap and cluster, in that order.
+    fn attributes(&self) -> [sys::CUlaunchAttribute; 2] {
+        let attribute = |id, value| sys::CUlaunchAttribute {
+            id,
+            pad: [0; 4],
+            value,
+        };
+        let overlap = attribute(
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: i32::from(self.overlaps_previous),
+            },
+        );
+        let cluster = attribute(
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            sys::CUlaunchAttributeValue {
+                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                    x: self.cluster,
+                    y: 1,
+                    z: 1,
+                },
+            },
+        );
+        [overlap, cluster]
+    }
+
+    fn config(
+        &self,
+        stream: sys::CUstream,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: self.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared,
+            hStream: stream,
+            attrs: attributes.as_mut_ptr(),
+            #[expect(clippy::cast_possible_truncation, reason = "one or two")]
+            numAttrs: attributes.len() as u32,
+        }
+    }
 }
 
 /// A kernel on a device, of those that take `P`.
@@ -131,33 +184,46 @@ impl<P: Params> Kernel<P> {
         Ok(kernel)
     }
 
+    /// How many of the launch's clusters the device runs at a time: 0 where it cannot place one. Allows
+    /// the kernel clusters of that size. The kernel's context is current.
+    pub(crate) fn resident_clusters(&self, launch: &Launch<P>) -> Result<u32, Error> {
+        let failed = |error| Error::device(format!("placing clusters of {}", self.name), error);
+        if launch.cluster > PORTABLE_CLUSTER {
+            // SAFETY: a function of the current context.
+            unsafe {
+                result::function::set_function_attribute(
+                    self.function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
+                    1,
+                )
+            }
+            .map_err(failed)?;
+        }
+        let mut attributes = launch.attributes();
+        let config = launch.config(ptr::null_mut(), &mut attributes);
+        let mut clusters = 0;
+        // SAFETY: a function of the current context, and pointers that outlive the call.
+        match unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, self.function, &config) } {
+            sys::CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE => Ok(0),
+            code => code
+                .result()
+                .map_err(failed)
+                .map(|()| clusters.max(0).unsigned_abs()),
+        }
+    }
+
     /// Enqueues the kernel. The stream's context is the kernel's, and current.
     pub(crate) fn enqueue(&self, stream: &CudaStream, launch: &Launch<P>) -> Result<(), Error> {
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
-            },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: launch.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: stream.cu_stream(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(launch.overlaps_previous),
-        };
+        let mut attributes = launch.attributes();
+        // A cluster of one block is no cluster.
+        let count = if launch.cluster > 1 { 2 } else { 1 };
+        let config = launch.config(stream.cu_stream(), &mut attributes[..count]);
         let mut params = launch.params;
         let mut arguments: [*mut c_void; 1] = [ptr::from_mut(&mut params).cast()];
         // SAFETY:
         // - the kernel's parameter list is one `const __grid_constant__ P`, and `arguments` holds one
         //   pointer to a `P` (`Params::ENTRIES`, checked on load); the driver copies it before it
-        //   returns, as it does `config` and `attribute`;
+        //   returns, as it does `config` and `attributes`;
         // - addresses in `P` cover what the kernel reads and writes: tensors through `Io::bind`, scratch
         //   through `Io::check_run`, all in the kernel's context (`CudaBuffer::address_in`);
         // - memory is used in the order of `stream`; who frees it or uses it on another stream orders

@@ -19,8 +19,8 @@
 //! is re-exported; its version is part of this crate's interface.
 //!
 //! # Plans on CUDA
-//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues three kernels
-//!   (`sage2-i8-f8`) or one (`half`) and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
+//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues one kernel
+//!   (`half`), two or three and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
 //!   as long as it is launched.
 //! - A plan belongs to the stream that it was made on, and its kernels run in that stream's order.
 //!   Different plans, each with its own workspace, may run at the same time on different streams,
@@ -48,6 +48,7 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub use buffer::CudaBuffer;
+use bytemuck::Zeroable;
 pub use cudarc;
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -59,10 +60,10 @@ use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 
 use crate::compile::{Cache, Nvrtc};
 use crate::launch::{Kernel, Params};
-use crate::plan::half::HalfChoice;
+use crate::plan::half::{self, HalfChoice};
 pub use crate::plan::variants;
-use crate::plan::{Choice, CudaPlan, Machine, Stages};
-pub use crate::variant::{Attend, Half, HalfTile, Prepare, Variant, WIDTHS};
+use crate::plan::{Choice, CudaPlan, Machine, Preparation, Prepared, Stages};
+pub use crate::variant::{Attend, Half, HalfTile, Prepare, PrepareOnce, Variant, WIDTHS};
 
 const NAME: &str = "cuda";
 
@@ -71,6 +72,9 @@ const CAPABILITY: (i32, i32) = (9, 0);
 
 /// The oldest driver whose interface has all that is used.
 const OLDEST_DRIVER: i32 = 12_000;
+
+/// Blocks of the largest cluster that the compute capability allows.
+const LARGEST_CLUSTER: u32 = 16;
 
 /// From this driver on, launches that overlap can be captured in graphs.
 const OVERLAP_IN_GRAPHS: i32 = 12_030;
@@ -130,6 +134,7 @@ impl Cuda {
             machine: Machine {
                 multiprocessors: multiprocessors.unsigned_abs(),
                 overlap: driver >= OVERLAP_IN_GRAPHS,
+                largest_cluster: LARGEST_CLUSTER,
                 lazy_maximum: false,
             },
             prepare: Mutex::default(),
@@ -190,17 +195,66 @@ impl Cuda {
         &self.stream
     }
 
-    fn choose(&self, problem: &Problem, recipe: &Recipe) -> Result<Chosen, Unsupported> {
-        let choice = match *recipe {
-            Recipe::HALF => {
-                plan::half::choose(problem, self.machine.multiprocessors).map(Chosen::Half)
-            }
-            _ => plan::choose(problem, recipe, self.machine).map(Chosen::Quantized),
-        };
-        choice.map_err(|missing| Unsupported {
+    fn choose(
+        &self,
+        problem: &Problem,
+        recipe: &Recipe,
+        machine: Machine,
+    ) -> Result<Choice, Unsupported> {
+        plan::choose(problem, recipe, machine).map_err(|missing| self.refusal(missing))
+    }
+
+    fn choose_half(&self, problem: &Problem) -> Result<HalfChoice, Unsupported> {
+        half::choose(problem, self.machine.multiprocessors).map_err(|missing| self.refusal(missing))
+    }
+
+    fn refusal(&self, missing: Vec<String>) -> Unsupported {
+        Unsupported {
             backend: format!("{NAME} ({})", self.info.name),
             missing,
-        })
+        }
+    }
+
+    /// Chooses, and loads the kernels that prepare K and V. Where this device, perhaps a part of one,
+    /// cannot place clusters of the size chosen, chooses among smaller ones.
+    fn prepared(&self, problem: &Problem, recipe: &Recipe) -> Result<(Choice, Prepared), Error> {
+        let mut machine = self.machine;
+        loop {
+            let choice = self.choose(problem, recipe, machine)?;
+            let kernel = |variant, shared| self.kernel(&self.prepare, variant, shared);
+            let prepared = match choice.prepare {
+                Preparation::Twice(variant) => Prepared::Twice {
+                    variant,
+                    statistics: kernel(Variant::Statistics(variant), 0)?,
+                    encode: kernel(Variant::Encode(variant), 0)?,
+                },
+                Preparation::Once {
+                    variant,
+                    takes_turns,
+                } => {
+                    let shared = quantize::once_shared_bytes(&variant);
+                    let kernel = kernel(Variant::PrepareOnce(variant), shared)?;
+                    let launch = quantize::once(&choice, &variant, 1, PrepareParams::zeroed());
+                    let resident = kernel.resident_clusters(&launch)?;
+                    if resident == 0 {
+                        tracing::debug!(blocks = launch.cluster, "clusters are too large here");
+                        machine.largest_cluster = launch.cluster / 2;
+                        continue;
+                    }
+                    let jobs = 2 * choice.batch * choice.kv_heads;
+                    Prepared::Once {
+                        variant,
+                        clusters: if takes_turns {
+                            resident.min(jobs)
+                        } else {
+                            jobs
+                        },
+                        kernel,
+                    }
+                }
+            };
+            return Ok((choice, prepared));
+        }
     }
 
     /// The kernel, loaded and if need be compiled. Two threads that ask at once may both compile.
@@ -224,12 +278,6 @@ impl Cuda {
     }
 }
 
-/// Kernels and tiles for one problem, of either family.
-enum Chosen {
-    Quantized(Choice),
-    Half(HalfChoice),
-}
-
 impl Backend for Cuda {
     fn name(&self) -> &'static str {
         NAME
@@ -240,7 +288,10 @@ impl Backend for Cuda {
     }
 
     fn supports(&self, problem: &Problem, recipe: &Recipe) -> Result<(), Unsupported> {
-        self.choose(problem, recipe).map(|_| ())
+        match *recipe {
+            Recipe::HALF => self.choose_half(problem).map(|_| ()),
+            _ => self.choose(problem, recipe, self.machine).map(|_| ()),
+        }
     }
 
     fn preferred(&self, problem: &Problem) -> Recipe {
@@ -248,28 +299,23 @@ impl Backend for Cuda {
     }
 
     fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
-        let (scratch, stages) = match self.choose(problem, recipe)? {
-            Chosen::Quantized(choice) => {
-                let (scratch, ranges) = choice.scratch();
-                let prepare = choice.prepare;
-                let stages = Stages::Quantized {
-                    statistics: self.kernel(&self.prepare, Variant::Statistics(prepare), 0)?,
-                    encode: self.kernel(&self.prepare, Variant::Encode(prepare), 0)?,
-                    attend: self.kernel(
-                        &self.attend,
-                        Variant::Attend(choice.attend),
-                        attend_sm90::shared_bytes(&choice.attend),
-                    )?,
-                    choice,
-                    ranges,
-                };
-                (scratch, stages)
-            }
-            Chosen::Half(choice) => {
-                let shared = attend_half::shared_bytes(&choice.variant);
-                let attend = self.kernel(&self.half, Variant::Half(choice.variant), shared)?;
-                (Scratch::default(), Stages::Half { choice, attend })
-            }
+        let (scratch, stages) = if *recipe == Recipe::HALF {
+            let choice = self.choose_half(problem)?;
+            let shared = attend_half::shared_bytes(&choice.variant);
+            let attend = self.kernel(&self.half, Variant::Half(choice.variant), shared)?;
+            (Scratch::default(), Stages::Half { choice, attend })
+        } else {
+            let (choice, prepared) = self.prepared(problem, recipe)?;
+            let (scratch, ranges) = choice.scratch();
+            let shared = attend_sm90::shared_bytes(&choice.attend);
+            let attend = self.kernel(&self.attend, Variant::Attend(choice.attend), shared)?;
+            let stages = Stages::Quantized {
+                choice,
+                ranges,
+                prepared,
+                attend,
+            };
+            (scratch, stages)
         };
         let plan = CudaPlan {
             stream: self.stream.clone(),

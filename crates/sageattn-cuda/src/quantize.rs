@@ -1,12 +1,13 @@
-//! The two launches that quantize K and V: host twin of `quant/kv_statistics.cu` and
-//! `quant/kv_encode.cu`.
+//! The launches that quantize K and V: host twin of `quant/kv_statistics.cu` and `quant/kv_encode.cu`,
+//! or of `sm90/kv_prepare.cu`.
 
-use sageattn_kernels::abi::PrepareParams;
+use sageattn_core::DType;
+use sageattn_kernels::abi::{K_GROUPS, PrepareParams, TILE_KEYS};
 
 use crate::buffer::Tensor;
 use crate::launch::Launch;
 use crate::plan::{Choice, Ranges};
-use crate::variant::Prepare;
+use crate::variant::{Prepare, PrepareOnce};
 
 /// Threads of a block of `kv_statistics`.
 pub(crate) const STATISTICS_THREADS: u32 = 256;
@@ -18,7 +19,31 @@ pub(crate) const fn encode_threads(variant: &Prepare) -> u32 {
     2 * variant.width
 }
 
-/// What both kernels are told. `scratch` is the address of the workspace.
+/// Threads of a block of `kv_prepare_sm90`.
+pub(crate) const fn once_threads(variant: &PrepareOnce) -> u32 {
+    // A thread encodes an octet of each of four (width 64) or eight keys of a tile at a time.
+    match variant.width {
+        256 => 512,
+        _ => 256,
+    }
+}
+
+/// A tile of K or V in shared memory, as it comes.
+pub(crate) const fn tile_bytes(width: u32, dtype: DType) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "2 or 4")]
+    let element = dtype.size() as u32;
+    TILE_KEYS * width * element
+}
+
+/// Dynamic shared memory of a block of `kv_prepare_sm90`: tiles, then a row of statistics for each warp,
+/// two rows from the other blocks, largest magnitudes of three tiles' groups, and barriers.
+pub(crate) const fn once_shared_bytes(variant: &PrepareOnce) -> u32 {
+    let tile = tile_bytes(variant.width, variant.dtype);
+    let rows = once_threads(variant) / 32 + 2;
+    variant.slots * tile + rows * variant.width * 4 + 3 * K_GROUPS * 4 + 8 * (variant.slots + 2)
+}
+
+/// What all of them are told. `scratch` is the address of the workspace.
 pub(crate) fn params(
     choice: &Choice,
     ranges: &Ranges,
@@ -46,7 +71,7 @@ pub(crate) fn params(
         pieces: choice.pieces,
         tiles_per_piece: choice.tiles_per_piece,
         samples: choice.samples,
-        reserved: 0,
+        heads: choice.batch * choice.kv_heads,
         next_work: at(ranges.next_work),
     }
 }
@@ -56,6 +81,7 @@ pub(crate) fn statistics(choice: &Choice, params: PrepareParams) -> Launch<Prepa
     Launch {
         grid: choice.batch * choice.kv_heads * choice.pieces * K_AND_V,
         block: STATISTICS_THREADS,
+        cluster: 1,
         shared: 0,
         // What ran before may have written K and V: the kernel reads them at once.
         overlaps_previous: false,
@@ -64,12 +90,35 @@ pub(crate) fn statistics(choice: &Choice, params: PrepareParams) -> Launch<Prepa
 }
 
 /// K and V to tiles of codes.
-pub(crate) fn encode(choice: &Choice, params: PrepareParams) -> Launch<PrepareParams> {
+pub(crate) fn encode(
+    choice: &Choice,
+    variant: &Prepare,
+    params: PrepareParams,
+) -> Launch<PrepareParams> {
     Launch {
         grid: choice.batch * choice.kv_heads * choice.tiles * K_AND_V,
-        block: encode_threads(&choice.prepare),
+        block: encode_threads(variant),
+        cluster: 1,
         shared: 0,
         overlaps_previous: choice.overlap,
+        params,
+    }
+}
+
+/// K and V to tiles of codes in one launch.
+pub(crate) fn once(
+    choice: &Choice,
+    variant: &PrepareOnce,
+    clusters: u32,
+    params: PrepareParams,
+) -> Launch<PrepareParams> {
+    Launch {
+        grid: clusters * choice.pieces,
+        block: once_threads(variant),
+        cluster: choice.pieces,
+        shared: once_shared_bytes(variant),
+        // What ran before may have written K and V: the kernel reads them at once.
+        overlaps_previous: false,
         params,
     }
 }

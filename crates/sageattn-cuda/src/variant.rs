@@ -17,6 +17,8 @@ pub enum Variant {
     Statistics(Prepare),
     /// K and V to codes: `quant/kv_encode.cu`.
     Encode(Prepare),
+    /// K and V to codes, each read once: `sm90/kv_prepare.cu`.
+    PrepareOnce(PrepareOnce),
     /// Attention over the codes: `sm90/attn_i8_f8.cu`.
     Attend(Attend),
     /// Attention on the 16-bit tensors as they are: `sm90/attn_half.cu`.
@@ -34,6 +36,21 @@ pub struct Prepare {
     pub smooth: bool,
     /// Whether the head dimension is no multiple of eight: its last channels are loaded one by one.
     pub cut: bool,
+}
+
+/// The constants of the kernel that reads K and V once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PrepareOnce {
+    /// Channels of a row of codes: the problem's head dimension, padded.
+    pub width: u32,
+    /// The tensors' element type.
+    pub dtype: DType,
+    /// Whether a mean is subtracted from the keys.
+    pub smooth: bool,
+    /// Tiles of K or V that a block's shared memory holds.
+    pub slots: u32,
+    /// Blocks that a multiprocessor holds.
+    pub blocks: u32,
 }
 
 /// The constants of the attention kernel.
@@ -98,6 +115,7 @@ impl Variant {
         match self {
             Self::Statistics(prepare) => format!("kv_statistics_{}", prepare.suffix()),
             Self::Encode(prepare) => format!("kv_encode_{}", prepare.suffix()),
+            Self::PrepareOnce(once) => format!("kv_prepare_sm90_{}", once.suffix()),
             Self::Attend(attend) => format!("attn_i8_f8_sm90_{}", attend.suffix()),
             Self::Half(half) => format!("attn_half_sm90_{}", half.suffix()),
         }
@@ -108,6 +126,7 @@ impl Variant {
         match self {
             Self::Statistics(_) => "quant/kv_statistics.cu",
             Self::Encode(_) => "quant/kv_encode.cu",
+            Self::PrepareOnce(_) => "sm90/kv_prepare.cu",
             Self::Attend(_) => "sm90/attn_i8_f8.cu",
             Self::Half(_) => "sm90/attn_half.cu",
         }
@@ -118,6 +137,7 @@ impl Variant {
         match self {
             Self::Statistics(_) => "kv_statistics",
             Self::Encode(_) => "kv_encode",
+            Self::PrepareOnce(_) => "kv_prepare_sm90",
             Self::Attend(_) => "attn_i8_f8_sm90",
             Self::Half(_) => "attn_half_sm90",
         }
@@ -131,6 +151,15 @@ impl Variant {
                 ("IN_T", type_name(prepare.dtype).to_owned()),
                 ("SMOOTH", u8::from(prepare.smooth).to_string()),
                 ("CUT_OCTET", u8::from(prepare.cut).to_string()),
+            ],
+            Self::PrepareOnce(once) => vec![
+                ("HEAD_DIM", once.width.to_string()),
+                ("IN_T", type_name(once.dtype).to_owned()),
+                ("SMOOTH", u8::from(once.smooth).to_string()),
+                ("SLOTS", once.slots.to_string()),
+                ("BLOCKS", once.blocks.to_string()),
+                // Only sampled keys are loaded by octets: not worth a variant.
+                ("CUT_OCTET", "1".to_owned()),
             ],
             Self::Attend(attend) => vec![
                 ("HEAD_DIM", attend.width.to_string()),
@@ -190,6 +219,12 @@ impl Variant {
                 PrepareParams::FIELDS,
                 quantize::encode_threads(prepare),
             ),
+            Self::PrepareOnce(once) => (
+                "PrepareParams",
+                size_of::<PrepareParams>(),
+                PrepareParams::FIELDS,
+                quantize::once_threads(once),
+            ),
             Self::Attend(attend) => (
                 "AttnParams",
                 size_of::<AttnParams>(),
@@ -221,6 +256,10 @@ impl Variant {
             ]
             .map(|(name, value)| (name.to_owned(), value.to_string())),
         );
+        if let Self::PrepareOnce(once) = self {
+            let shared = quantize::once_shared_bytes(once);
+            facts.push(("SHARED_BYTES".to_owned(), shared.to_string()));
+        }
         if let Self::Attend(attend) = self {
             let shared = attend_sm90::shared_bytes(attend);
             facts.push(("SHARED_BYTES".to_owned(), shared.to_string()));
@@ -246,6 +285,17 @@ impl Prepare {
         if self.cut {
             suffix.push_str("_cut");
         }
+        suffix
+    }
+}
+
+impl PrepareOnce {
+    fn suffix(&self) -> String {
+        let mut suffix = format!("d{}_{}", self.width, self.dtype);
+        if self.smooth {
+            suffix.push_str("_smooth");
+        }
+        suffix.push_str(&format!("_s{}b{}", self.slots, self.blocks));
         suffix
     }
 }

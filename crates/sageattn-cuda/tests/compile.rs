@@ -104,7 +104,7 @@ fn spills_allowed(variant: &Variant) -> u32 {
         Variant::Half(_) => 64,
         // Eight loads in flight, each with the bounds of its cut octet.
         Variant::Statistics(prepare) if prepare.cut => 32,
-        Variant::Statistics(_) | Variant::Encode(_) => 0,
+        Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => 0,
     }
 }
 
@@ -133,6 +133,18 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
                     "{beside:?} of {} exponentials a thread run beside P V",
                     half.tile.keys / 2
                 ));
+            }
+        }
+        Variant::PrepareOnce(_) => {
+            // Copies that no thread waits for, and stores into other blocks that report themselves; a
+            // fence of the whole device would wait for the codes.
+            for name in ["LDGSTS", "STAS"] {
+                if count(name) == 0 {
+                    return Err(format!("no {name} in the machine code"));
+                }
+            }
+            if count("MEMBAR") + count("LDL") + count("STL") > 0 {
+                return Err("a fence of the device, or local memory".to_owned());
             }
         }
         Variant::Statistics(_) | Variant::Encode(_) => {

@@ -25,7 +25,7 @@
 //! | `device`, `buffer`, `self_test` | opening devices, wrapping buffers, what a device must prove |
 //! | `memory` | what lies where in the workspace, and which bytes a dispatch binds |
 //! | `pipeline` | kernels compiled once per device, and how they are recorded |
-//! | `tier` | the ways to compute attention, and which one a call takes |
+//! | `tier`, `tune` | the ways to compute attention, and which one a call takes; what was tried out |
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
 //! | `plan` | the sequence of the stages for one problem |
 //!
@@ -40,6 +40,7 @@ mod plan;
 mod quantize;
 mod self_test;
 mod tier;
+mod tune;
 
 pub use buffer::WgpuBuffer;
 pub use device::{Wgpu, wanted_descriptor, wanted_features, wanted_limits};

@@ -16,29 +16,38 @@ use crate::attend;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Tier {
+    /// Cooperative matrices in WGSL, f16 with f32 sums: matrix cores, where wgpu offers them.
+    Matrix,
     /// Packed 8-bit dot products, in plain WGSL: on every device.
     Dot,
 }
 
 impl Tier {
     /// Every tier, in the order in which they are tried when nothing has been measured.
-    pub const ALL: &'static [Self] = &[Self::Dot];
+    pub const ALL: &'static [Self] = &[Self::Matrix, Self::Dot];
 
     /// Its name, as in [`Description::variant`](sageattn_core::Description::variant): `attend_dot_..`.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Matrix => "matrix",
             Self::Dot => "dot",
         }
     }
 
     /// What the device lacks for this tier, whatever the request.
     pub(crate) fn lacks(self, facts: &Facts) -> Vec<String> {
-        let mut lacks = match self {
+        match self {
+            Self::Matrix => attend::matrix::lacks(facts),
             Self::Dot => Vec::new(),
-        };
-        let struck = facts.struck.iter().filter(|(tier, _)| *tier == self);
-        lacks.extend(struck.map(|(_, reason)| reason.clone()));
-        lacks
+        }
+    }
+
+    /// The tier of a kernel.
+    pub(crate) const fn of(kernel: &AttendKernel) -> Self {
+        match kernel {
+            AttendKernel::Matrix(_) => Self::Matrix,
+            AttendKernel::Dot(_) => Self::Dot,
+        }
     }
 
     /// The kernel for a request.
@@ -48,6 +57,7 @@ impl Tier {
             return Err(lacks);
         }
         match self {
+            Self::Matrix => attend::matrix::kernel(facts, request),
             Self::Dot => attend::dot::kernel(facts, request),
         }
     }
@@ -72,9 +82,17 @@ impl FromStr for Tier {
     }
 }
 
+/// What the caller, or a measurement, has decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Forced {
+    /// The tier, whatever its tile.
+    Tier(Tier),
+    /// The very kernel, tried or not: to try it.
+    Kernel(AttendKernel),
+}
+
 /// What the choice looks at of a device.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "tiers to come read the rest")]
 pub(crate) struct Facts {
     pub(crate) limits: wgpu::Limits,
     /// Features that the device was opened with.
@@ -83,8 +101,8 @@ pub(crate) struct Facts {
     pub(crate) matrices: Vec<wgpu::CooperativeMatrixProperties>,
     /// The smallest and the largest subgroup that a kernel may meet.
     pub(crate) subgroup: [u32; 2],
-    /// Tiers that a self-test found wrong, and how.
-    pub(crate) struck: Vec<(Tier, String)>,
+    /// Whether matrices may be loaded from arrays of vectors.
+    pub(crate) vector_items: bool,
 }
 
 /// What the choice looks at of a call.
@@ -133,7 +151,7 @@ pub(crate) mod tests {
             features: wgpu::Features::empty(),
             matrices: Vec::new(),
             subgroup: [32, 32],
-            struck: Vec::new(),
+            vector_items: true,
         }
     }
 
@@ -163,13 +181,5 @@ pub(crate) mod tests {
             let kernel = choose(&plain(), &long(128, pv), Tier::ALL).unwrap();
             assert!(matches!(kernel, AttendKernel::Dot(_)), "{kernel:?}");
         }
-    }
-
-    #[test]
-    fn a_struck_tier_is_refused_with_its_reason() {
-        let mut facts = plain();
-        facts.struck.push((Tier::Dot, "wrong sums".to_owned()));
-        let needs = choose(&facts, &long(64, Pv::F16), Tier::ALL).unwrap_err();
-        assert_eq!(needs, ["tier dot: wrong sums"]);
     }
 }

@@ -4,10 +4,13 @@ use std::num::NonZeroU32;
 use sageattn_core::Shape;
 
 use super::*;
+use crate::buffer::Tensor;
+use crate::{attend_half, attend_sm90, quantize};
 
 const H100: Machine = Machine {
     multiprocessors: 132,
     overlap: true,
+    largest_cluster: 16,
     lazy_maximum: false,
 };
 
@@ -32,14 +35,46 @@ fn sizes_follow_from_the_problem() {
     let choice = chosen(&problem, &Recipe::SAGE2_I8_F8);
     assert_eq!((choice.attend.width, choice.head_dim), (128, 100));
     assert!(
-        choice.attend.cut && choice.prepare.cut,
+        choice.attend.cut && twice(&choice).cut,
         "100 is 12.5 octets"
     );
     assert_eq!((choice.tiles, choice.samples), (4, 500));
-    // 1000 rows in blocks of 192, for 16 heads.
-    assert_eq!((choice.row_blocks, choice.works), (6, 96));
+    // 1000 rows in blocks of 128, for 16 heads.
+    assert_eq!((choice.row_blocks, choice.works), (8, 128));
     let name = Variant::Attend(choice.attend).name();
-    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_max_c3s5");
+    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_max_c2s5");
+}
+
+#[test]
+fn few_queries_are_cut_into_smaller_blocks() {
+    let consumers = |head_dim, q_len, mask| {
+        let shape = Shape::mha(1, 1, q_len, head_dim);
+        let problem = Problem::new(shape, DType::F16).unwrap().with_mask(mask);
+        chosen(&problem, &Recipe::SAGE2_I8_F8).attend.consumers
+    };
+    let causal = Mask::Causal(Align::BottomRight);
+    for (head_dim, mask, last) in [
+        (64, causal, 1024),
+        (128, Mask::None, 1024),
+        (128, causal, 2048),
+    ] {
+        assert_eq!(consumers(head_dim, last, mask), 2, "{head_dim} {mask:?}");
+        assert_eq!(
+            consumers(head_dim, last + 1, mask),
+            3,
+            "{head_dim} {mask:?}"
+        );
+    }
+    assert_eq!(consumers(64, 1, Mask::None), 3);
+    assert_eq!(consumers(256, 10_000, Mask::None), 2);
+}
+
+/// The constants of the two kernels that prepare K and V.
+fn twice(choice: &Choice) -> Prepare {
+    match choice.prepare {
+        Preparation::Twice(prepare) => prepare,
+        Preparation::Once { .. } => panic!("read once: {choice:?}"),
+    }
 }
 
 #[test]
@@ -75,7 +110,7 @@ fn smoothing_decides_what_is_averaged() {
     ] {
         let choice = chosen(&problem, &Recipe::SAGE2_I8_F8.with_smooth(smooth));
         assert_eq!(
-            (choice.prepare.smooth, choice.samples),
+            (twice(&choice).smooth, choice.samples),
             (subtracted, samples)
         );
     }
@@ -100,7 +135,10 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
     let known: HashSet<Variant> = variants().into_iter().collect();
     assert_eq!(known.len(), variants().len());
     let mut met = HashSet::new();
-    for head_dim in [1, 8, 63, 64, 65, 72, 128, 129, 200, 256] {
+    for (head_dim, kv_len) in [1, 8, 63, 64, 65, 72, 128, 129, 200, 256]
+        .into_iter()
+        .flat_map(|head_dim| [(head_dim, 500), (head_dim, 9000)])
+    {
         for dtype in DType::ALL {
             for mask in [Mask::None, Mask::Causal(Align::TopLeft)] {
                 for outputs in [Outputs::O, Outputs::OAndLse] {
@@ -108,23 +146,41 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                         let problem = Problem::new(
                             Shape {
                                 head_dim,
+                                kv_len,
+                                batch: 50,
                                 ..shape()
                             },
                             dtype,
                         );
-                        let problem = problem.unwrap().with_mask(mask).with_outputs(outputs);
+                        let problem = problem.unwrap();
                         let recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
-                        for lazy_maximum in [false, true] {
+                        for (q_len, lazy_maximum, largest_cluster) in [
+                            (1, false, 16),
+                            (1, true, 0),
+                            (9999, false, 0),
+                            (9999, true, 16),
+                        ] {
+                            let shape = Shape {
+                                q_len,
+                                ..*problem.shape()
+                            };
+                            let problem = Problem::new(shape, dtype).unwrap();
+                            let problem = problem.with_mask(mask).with_outputs(outputs);
                             let machine = Machine {
                                 lazy_maximum,
+                                largest_cluster,
                                 ..H100
                             };
                             let choice = choose(&problem, &recipe, machine).unwrap();
-                            met.extend([
-                                Variant::Statistics(choice.prepare),
-                                Variant::Encode(choice.prepare),
-                                Variant::Attend(choice.attend),
-                            ]);
+                            met.insert(Variant::Attend(choice.attend));
+                            met.extend(match choice.prepare {
+                                Preparation::Twice(prepare) => {
+                                    vec![Variant::Statistics(prepare), Variant::Encode(prepare)]
+                                }
+                                Preparation::Once { variant, .. } => {
+                                    vec![Variant::PrepareOnce(variant)]
+                                }
+                            });
                         }
                     }
                 }
@@ -141,6 +197,7 @@ fn blocks_fit_a_multiprocessor() {
         let shared = match &variant {
             Variant::Attend(attend) => attend_sm90::shared_bytes(attend),
             Variant::Half(half) => attend_half::shared_bytes(half),
+            Variant::PrepareOnce(once) => quantize::once_shared_bytes(once),
             Variant::Statistics(_) | Variant::Encode(_) => 0,
         };
         assert!(shared <= 227 * 1024, "{}: {shared}", variant.name());
@@ -148,20 +205,26 @@ fn blocks_fit_a_multiprocessor() {
 }
 
 #[test]
-fn pieces_cover_every_tile_once() {
-    for heads in [1, 3, 8, 32, 128, 5000] {
-        for tiles in (1..70).chain([512, 1000, 8192]) {
-            let (count, each) = pieces(heads, tiles, 132);
-            assert!((1..=MAX_PIECES).contains(&count));
-            assert!(count * each >= tiles && (count - 1) * each < tiles);
-        }
+fn clusters_take_turns_where_blocks_are_alone_and_hold_their_share() {
+    for (keys, width, turns) in [
+        (4096, 64, false),
+        (16384, 64, false),
+        (4096, 128, false),
+        (6144, 128, false),
+        (8192, 128, true),
+        (12288, 128, true),
+        (12289, 128, false),
+        (4096, 256, true),
+        (8192, 256, false),
+    ] {
+        let shape = Shape::mha(4, 32, keys, width);
+        let problem = Problem::new(shape, DType::F16).unwrap();
+        let choice = chosen(&problem, &Recipe::SAGE2_I8_F8);
+        assert!(
+            matches!(choice.prepare, Preparation::Once { takes_turns, .. } if takes_turns == turns),
+            "{keys} x {width}: {choice:?}"
+        );
     }
-    assert_eq!(
-        pieces(1, 512, 132),
-        (32, 16),
-        "one head is cut as fine as it may be"
-    );
-    assert_eq!(pieces(128, 32, 132), (8, 4), "many heads are not");
 }
 
 #[test]
@@ -193,11 +256,43 @@ fn launches_stay_within_the_workspace() {
 
     let (statistics, encode) = (
         quantize::statistics(&choice, prepare),
-        quantize::encode(&choice, prepare),
+        quantize::encode(&choice, &twice(&choice), prepare),
     );
     assert_eq!((statistics.grid, statistics.block), (4 * 4 * 2, 256));
     assert_eq!((encode.grid, encode.block), (4 * 4 * 2, 256));
-    assert_eq!((attend.grid, attend.block), (96, 512));
+    assert_eq!((attend.grid, attend.block), (128, 384));
     assert!(!statistics.overlaps_previous, "K and V may be fresh");
     assert!(encode.overlaps_previous && attend.overlaps_previous);
+}
+
+#[test]
+fn one_launch_reads_once() {
+    let many = Shape {
+        batch: 50,
+        kv_len: 1000,
+        ..shape()
+    };
+    let problem = Problem::new(many, DType::F16).unwrap();
+    let choice = chosen(&problem, &Recipe::SAGE2_I8_F8);
+    let Preparation::Once {
+        variant,
+        takes_turns: false,
+    } = choice.prepare
+    else {
+        panic!("{choice:?}");
+    };
+    let (scratch, ranges) = choice.scratch();
+    assert!(scratch.ranges().iter().all(|range| range.name != "k_sums"));
+    let tensor = Tensor {
+        address: 16,
+        strides: [1, 2, 3],
+    };
+    let params = quantize::params(&choice, &ranges, 4096, tensor, tensor);
+    let launch = quantize::once(&choice, &variant, 200, params);
+    assert_eq!((launch.grid, launch.cluster, launch.block), (800, 4, 256));
+    assert_eq!(
+        (params.pieces, params.tiles_per_piece, params.heads),
+        (4, 2, 100)
+    );
+    assert!(!launch.overlaps_previous, "K and V may be fresh");
 }

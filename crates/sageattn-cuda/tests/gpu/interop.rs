@@ -270,14 +270,18 @@ fn refused_memory(cuda: &Cuda) -> Result<(), Failed> {
 }
 
 fn profile(cuda: &Cuda) -> Result<(), Failed> {
-    let stages: [&[&str]; 2] = [&["statistics", "encode", "attend"], &["attend"]];
-    for (recipe, stages) in RECIPES.into_iter().zip(stages) {
-        let call = Call::new(Shape::mha(1, 8, 2048, 128), DType::F16).by(recipe);
+    let [quantized, half] = RECIPES;
+    for (recipe, heads, stages) in [
+        (quantized, 2, &["statistics", "encode", "attend"][..]),
+        (quantized, 16, &["prepare", "attend"]),
+        (half, 8, &["attend"]),
+    ] {
+        let call = Call::new(Shape::mha(1, heads, 2048, 128), DType::F16).by(recipe);
         let staged = Staged::new(cuda, &call.problem, &call.recipe, call.tensors())?;
         staged.run()?;
         let profile = staged.profile()?;
         let names: Vec<&str> = profile.stages.iter().map(|(name, _)| *name).collect();
-        assert_eq!(names, stages);
+        assert_eq!(names, stages, "{recipe}, {heads} heads");
         assert_eq!(profile.clock, Clock::Device);
         assert!(
             profile.stages.iter().all(|(_, time)| !time.is_zero()),

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test reports by panicking")]
 
 mod accuracy;
+mod codes;
 mod half;
 mod interop;
 mod support;
