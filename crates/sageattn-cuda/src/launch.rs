@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use sageattn_core::Error;
-use sageattn_kernels::abi::{AttnParams, PrepareParams};
+use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 
 /// A struct that kernels take as their only parameter, by value, as `__grid_constant__`.
 ///
@@ -46,6 +46,16 @@ unsafe impl Params for AttnParams {
     const FIELDS: &'static [(&'static str, usize)] = fields! {
         q o lse k_codes v_codes k_scales v_scales k_mean q_stride o_stride batch q_heads
         q_heads_per_kv_head q_len kv_len head_dim tiles row_blocks works softmax_scale diagonal next_work
+    };
+}
+
+// SAFETY: three tensor maps of 128 bytes, two device addresses, four i64, eight u32, one f32, eleven u32:
+// 512 bytes without padding, as HalfParams in abi.cuh; compiling a kernel checks size and offsets.
+unsafe impl Params for HalfParams {
+    const ENTRIES: &'static [&'static str] = &["attn_half_sm90"];
+    const FIELDS: &'static [(&'static str, usize)] = fields! {
+        q_map k_map v_map o lse o_stride diagonal heads q_heads q_heads_per_kv_head q_len kv_len head_dim
+        row_blocks items softmax_scale reserved
     };
 }
 
