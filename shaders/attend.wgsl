@@ -22,12 +22,6 @@ const P_STRIDE: u32 = P_VECS + 1u;
 const K_AT: u32 = ROWS * QK_STRIDE;
 const V_VECS: u32 = CHUNK_GROUPS * 16u;
 
-// Below every score (their product cannot reach it: see `supports`), and far from infinity, so that
-// differences stay finite.
-const MASKED: f32 = -3.0e38;
-const MINUS_INFINITY_BITS: u32 = 0xff800000u;
-const LN_2: f32 = 0.6931471805599453;
-
 @group(0) @binding(0) var<uniform> params: AttendParams;
 @group(0) @binding(1) var<storage, read_write> q_codes: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read_write> k_codes: array<vec4<u32>>;
@@ -117,24 +111,6 @@ fn sum_of(row: u32) -> f32 {
     return (x.x + x.y) + (x.z + x.w);
 }
 
-// How many keys, from the first, a query sees.
-fn visible_keys(row: u32) -> u32 {
-    if (CAUSAL) {
-        return u32(clamp(i32(row) + 1 + params.causal_shift, 0, i32(params.kv_len)));
-    }
-    return params.kv_len;
-}
-
-fn q_scale(pair: u32, row: u32) -> f32 {
-    let group = (row / Q_BLOCK) * Q_SLOTS + (row % Q_SLOT_MOD) / Q_SLOT_DIV;
-    return floats[params.q_scales + pair * params.q_groups + min(group, params.q_groups - 1u)];
-}
-
-fn k_scale(pair: u32, key: u32) -> f32 {
-    let group = (key / K_BLOCK) * K_SLOTS + (key % K_SLOT_MOD) / K_SLOT_DIV;
-    return floats[params.k_scales + pair * params.k_groups + min(group, params.k_groups - 1u)];
-}
-
 fn stage_queries(lane: u32, at: u32, chunk: u32) {
     for (var i = lane; i < ROWS * QK_VECS; i += THREADS) {
         let row = i / QK_VECS;
@@ -202,25 +178,6 @@ struct Row {
     unrounded: f32,
 }
 
-fn write_group(start: u32, quad: u32, o: vec4<f32>, sum: f32, scales: u32) {
-    let channel = 4u * quad;
-    if (channel >= HEAD_DIM) {
-        return;
-    }
-    // A row that sees no key has no sum: O is zero.
-    var x = vec4<f32>();
-    if (sum > 0.0) {
-        x = o / sum;
-    }
-    if (V_SCALED) {
-        x.x *= floats[scales + channel];
-        if (channel + 1u < HEAD_DIM) { x.y *= floats[scales + channel + 1u]; }
-        if (channel + 2u < HEAD_DIM) { x.z *= floats[scales + channel + 2u]; }
-        if (channel + 3u < HEAD_DIM) { x.w *= floats[scales + channel + 3u]; }
-    }
-    store_quad(start, quad, x);
-}
-
 fn write_row(place: Place, query: u32, column: u32, row: Row) {
     if (query >= params.q_len) {
         return;
@@ -231,16 +188,7 @@ fn write_row(place: Place, query: u32, column: u32, row: Row) {
     if (GROUPS > 2u) { write_group(start, column + 32u, row.o2, row.sum, place.scales); }
     if (GROUPS > 3u) { write_group(start, column + 48u, row.o3, row.sum, place.scales); }
     if (LSE && column == 0u) {
-        let at = place.pair * params.q_len + query;
-        var bits = MINUS_INFINITY_BITS;
-        if (row.unrounded > 0.0) {
-            var x = (row.maximum + log2(row.unrounded)) * LN_2;
-            if (LSE_BIAS) {
-                x += floats[params.lse_bias + at];
-            }
-            bits = bitcast<u32>(x);
-        }
-        lse[params.lse + at] = bits;
+        write_lse(place.pair, query, row.maximum, row.unrounded);
     }
 }
 

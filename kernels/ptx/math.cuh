@@ -64,6 +64,9 @@ DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     return word;
 }
 
+/// 1.0 four times.
+constexpr u32 FOUR_ONES_E4M3 = 0x38383838;
+
 /// Two halves in one word, the first in the lower. PTX ISA 9.7.9.21, cvt.
 DEVICE u32 pack_f16(float a, float b) {
     u32 word;

@@ -22,15 +22,19 @@ DEVICE void mbarrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+/// How long the hardware may suspend a waiting thread, in nanoseconds: long, since it is woken when the phase ends. Its own limit is so short that a
+/// waiting producer takes a tenth of the issue slots.
+constexpr u32 SUSPEND_NS = 1000000;
+
 /// True once the phase of that parity has ended; the hardware suspends the thread for a while first.
 /// PTX ISA 9.7.13.15.16, mbarrier.try_wait.
 DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
     u32 done;
     asm volatile("{ .reg .pred ended;\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2, %3;\n"
                  "selp.u32 %0, 1, 0, ended; }"
                  : "=r"(done)
-                 : "r"(barrier), "r"(parity)
+                 : "r"(barrier), "r"(parity), "r"(SUSPEND_NS)
                  : "memory");
     return done != 0;
 }

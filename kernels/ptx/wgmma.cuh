@@ -28,6 +28,7 @@ DEVICE void wgmma_result(i32 (&tile)[words]) {
     for (int i = 0; i < words; ++i) asm volatile("" : "+r"(tile[i])::"memory");
 }
 
+#define WGMMA_WORDS_4(d) "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
 #define WGMMA_WORDS_8(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
 #define WGMMA_WORDS_32(d, i) WGMMA_WORDS_8(d, i), WGMMA_WORDS_8(d, i + 8), WGMMA_WORDS_8(d, i + 16), WGMMA_WORDS_8(d, i + 24)
 #define WGMMA_WORDS_64(d) WGMMA_WORDS_32(d, 0), WGMMA_WORDS_32(d, 32)
@@ -92,6 +93,18 @@ DEVICE void wgmma_m64n128k32_e4m3(i32 (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate));
 }
 
+/// T (64 x 8, f32) = A B^T + (accumulate ? T : 0), A (64 x 32) of e4m3 in registers, B (8 x 32) of e4m3 in shared memory.
+/// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n8k32.f32.e4m3.e4m3.
+template <bool accumulate>
+DEVICE void wgmma_m64n8k32_e4m3(i32 (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+    asm volatile(
+        "{ .reg .pred keep; setp.ne.b32 keep, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, keep, 1, 1; }"
+        : WGMMA_WORDS_4(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate));
+}
+
+#undef WGMMA_WORDS_4
 #undef WGMMA_WORDS_8
 #undef WGMMA_WORDS_32
 #undef WGMMA_WORDS_64

@@ -8,10 +8,12 @@
 // Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
 //           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles in order, the masked
 //           ones last, in a loop of their own.
+// Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1).
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 //           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
-// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | K scales [STAGES][4] f32 | barriers | works
+// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | ones [8 x 32] | K scales [STAGES][4] f32 |
+//           barriers | works
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax.cuh"
@@ -60,7 +62,10 @@ static_assert(sizeof(Work) == 16, "one load");
 constexpr u32 Q_SLAB = ROWS * HEAD_DIM;
 constexpr u32 K_AT = CONSUMERS * Q_SLAB;
 constexpr u32 V_AT = K_AT + STAGES * TILE_BYTES;
-constexpr u32 SCALES_AT = V_AT + STAGES * TILE_BYTES;
+/// 32 keys of eight channels of V that are one everywhere: P times them is the sum of P.
+constexpr u32 ONES_AT = V_AT + STAGES * TILE_BYTES;
+constexpr u32 ONES_BYTES = 8 * 32;
+constexpr u32 SCALES_AT = ONES_AT + ONES_BYTES;
 constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
 constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
 constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
@@ -108,11 +113,11 @@ DEVICE void multiply_s8(i32 (&scores)[PANEL_WORDS], u64 q, u64 k) {
 DEVICE void multiply_qk(Scores& scores, u64 q, u64 k) {
 #pragma unroll
     for (int part = 0; part < SCORE_PARTS; ++part) {
-        const u64 keys = k + part * PANEL * PANEL_WIDTH<HEAD_DIM> / 16;
+        const u64 keys = descriptor_at(k, part * PANEL * PANEL_WIDTH<HEAD_DIM>);
         multiply_s8<false>(scores[part], q, keys);
 #pragma unroll
         for (int slice = 1; slice < HEAD_DIM / 32; ++slice) {
-            multiply_s8<true>(scores[part], q + slice_offset<ROWS, HEAD_DIM>(slice) / 16, keys + slice_offset<TILE_KEYS, HEAD_DIM>(slice) / 16);
+            multiply_s8<true>(scores[part], descriptor_at(q, slice_offset<ROWS, HEAD_DIM>(slice)), descriptor_at(keys, slice_offset<TILE_KEYS, HEAD_DIM>(slice)));
         }
     }
 }
@@ -121,11 +126,12 @@ DEVICE void multiply_qk(Scores& scores, u64 q, u64 k) {
 DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) {
     const auto multiply = [&](auto slice) {
         constexpr int n = decltype(slice)::value;
-        const u64 keys = v + slice_offset<PANEL, TILE_KEYS>(n) / 16;
+        const u64 keys = descriptor_at(v, slice_offset<PANEL, TILE_KEYS>(n));
+        constexpr bool accumulate = n > 0;
         if constexpr (PANEL == 64) {
-            wgmma_m64n64k32_e4m3<(n > 0)>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
+            wgmma_m64n64k32_e4m3<accumulate>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
         } else {
-            wgmma_m64n128k32_e4m3<(n > 0)>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
+            wgmma_m64n128k32_e4m3<accumulate>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
         }
     };
     static_assert(TILE_KEYS == 4 * 32, "four slices");
@@ -133,6 +139,14 @@ DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) 
     multiply(Constant<1>{});
     multiply(Constant<2>{});
     multiply(Constant<3>{});
+}
+
+/// Sums of P: the first and the third word are those of this thread's two rows.
+DEVICE void multiply_p_ones(i32 (&sums)[4], const u32 (&p)[16], u64 ones) {
+    wgmma_m64n8k32_e4m3<false>(sums, p[0], p[1], p[2], p[3], ones);
+    wgmma_m64n8k32_e4m3<true>(sums, p[4], p[5], p[6], p[7], ones);
+    wgmma_m64n8k32_e4m3<true>(sums, p[8], p[9], p[10], p[11], ones);
+    wgmma_m64n8k32_e4m3<true>(sums, p[12], p[13], p[14], p[15], ones);
 }
 
 /// Tiles that the rows of a work see, together.
@@ -238,7 +252,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_r
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const u32 row = first_row + row_of_thread(h);
-        const float sum = quad_sum(rows.sum[h]);
+        const float sum = RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
         const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
         u8* const o_row = query_row(params, params.o, params.o_stride, work, row);
 #pragma unroll
@@ -261,7 +275,7 @@ DEVICE void store_lse(const AttnParams& params, const Work& work, u32 first_row,
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const u32 row = first_row + row_of_thread(h);
-        const float sum = quad_sum(rows.sum[h]);
+        const float sum = quad_sum(rows.unrounded[h]);
         const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row), lane);
         const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
         if (row < params.q_len && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
@@ -275,6 +289,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const u64 q = operand_descriptor<HEAD_DIM>(slab);
     const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
     const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
+    const u64 ones = operand_descriptor<32>(pipeline.shared + ONES_AT);
     const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
     StageCursor k_at, v_at;
     WorkCursor work_at;
@@ -295,12 +310,12 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
-        // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where it is rare.
+        // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where that is rare.
         float shrink[2] = {1.f, 1.f};
 
         const auto issue_qk = [&]() {
             wgmma_fence();
-            multiply_qk(scores, q, k_stages + k_at.stage * (TILE_BYTES / 16));
+            multiply_qk(scores, q, descriptor_at(k_stages, k_at.stage * TILE_BYTES));
             wgmma_commit();
         };
         const auto finish_qk = [&]() {
@@ -312,21 +327,31 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             k_ring.release(k_at, elected);
             k_at.advance();
         };
-        const auto add_pv = [&](const u32 (&p)[16], int panel) {
+        const auto add_pv = [&](const u32 (&p)[16], auto panel) {
+            constexpr int n = decltype(panel)::value;
+            constexpr bool with_sums = RUNNING_MAX && n == PANELS - 1;
             i32(&partial)[PANEL_WORDS] = scores[0];
+            i32 sums[4];
             wgmma_fence();
-            multiply_pv(partial, p, v_stages + (v_at.stage * TILE_BYTES + panel * (PANEL * TILE_KEYS)) / 16);
+            if constexpr (with_sums) multiply_p_ones(sums, p, ones);
+            multiply_pv(partial, p, descriptor_at(v_stages, v_at.stage * TILE_BYTES + n * (PANEL * TILE_KEYS)));
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_result(partial);
+            if constexpr (with_sums) wgmma_result(sums);
 #pragma unroll
             for (int i = 0; i < PANEL_WORDS; ++i) {
-                float& sum = output[panel * PANEL_WORDS + i];
+                float& sum = output[n * PANEL_WORDS + i];
                 const float addend = __int_as_float(partial[i]);
                 sum = RUNNING_MAX ? fmaf(sum, shrink[fragment_row(i)], addend) : sum + addend;
             }
+            if constexpr (with_sums) {
+#pragma unroll
+                for (int row = 0; row < 2; ++row) rows.sum[row] = fmaf(rows.sum[row], shrink[row], __int_as_float(sums[2 * row]));
+            }
         };
-        const auto finish_pv = [&]() {
+        const auto end_turn = [&]() {
+            turns.pass();
             v_ring.release(v_at, elected);
             v_at.advance();
         };
@@ -337,55 +362,60 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 last[h] = key - tile * TILE_KEYS - 2 * (threadIdx.x % 4);
             }
         };
-        const auto raise = [&](const bool (&must)[2], const float (&top)[2]) {
-            raise_reference(shrink, rows, must, top, multiplier);
-            // With a running maximum, each tile's P V shrinks O as it is added.
-            if constexpr (!RUNNING_MAX) {
+        // A row's reference is not lower than its first tile asks for; O is not there yet, or shrinks.
+        const auto raise = [&](auto masked, const bool (&must)[2], const Logits& logits, const i32 (&last)[2]) {
+            float top[2];
+            largest_scores<decltype(masked)::value>(top, logits, last);
+            raise_reference<decltype(masked)::value>(shrink, rows, must, top, multiplier);
 #pragma unroll
-                for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
-            }
+            for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
         };
-        // P, with the reference that the rows have, or with a higher one where that might saturate.
+        // P, and the state of its rows.
         const auto softmax = [&](auto masked, u32 (&p)[16], int tile) {
             constexpr bool is_masked = decltype(masked)::value;
             i32 last[2];
-            float tile_sum[2], top[2], logits[64];
+            float unrounded[2];
+            Logits logits;
             if constexpr (is_masked) last_columns(last, tile);
-            scores_to_float(logits, scores);
             if constexpr (RUNNING_MAX) {
-                largest_scores<is_masked>(top, logits, last);
-                raise({true, true}, top);
-            }
-            exponentials<is_masked, false>(p, tile_sum, logits, multiplier, rows.reference, last);
-            if (any_lane(fmaxf(tile_sum[0], tile_sum[1]) > SAFE_SUM)) {
-                if constexpr (!RUNNING_MAX) {
-                    const bool must[2] = {quad_max(tile_sum[0]) > SAFE_SUM, quad_max(tile_sum[1]) > SAFE_SUM};
-                    largest_scores<is_masked>(top, logits, last);
-                    raise(must, top);
+                i32 top[2];
+                largest_scores<is_masked>(top, scores, last);
+                scores_to_float(logits, scores);
+                follow_maximum<is_masked>(shrink, rows, top, multiplier);
+                exponentials<is_masked, false>(p, unrounded, logits, multiplier, rows.reference, last);
+                if constexpr (SUM_UNROUNDED) {
+#pragma unroll
+                    for (int row = 0; row < 2; ++row) rows.unrounded[row] = fmaf(rows.unrounded[row], shrink[row], unrounded[row]);
                 }
-                exponentials<is_masked, true>(p, tile_sum, logits, multiplier, rows.reference, last);
+            } else {
+                scores_to_float(logits, scores);
+                exponentials<is_masked, false>(p, unrounded, logits, multiplier, rows.reference, last);
+                if (any_lane(fmaxf(unrounded[0], unrounded[1]) > SAFE_SUM)) {
+                    raise(masked, {quad_max(unrounded[0]) > SAFE_SUM, quad_max(unrounded[1]) > SAFE_SUM}, logits, last);
+                    exponentials<is_masked, true>(p, unrounded, logits, multiplier, rows.reference, last);
+                }
+#pragma unroll
+                for (int row = 0; row < 2; ++row) rows.unrounded[row] += unrounded[row];
             }
-            rows.sum[0] += tile_sum[0];
-            rows.sum[1] += tile_sum[1];
         };
         const auto attend_tile = [&](auto masked, int tile) {
+            const bool more = tile + 1 < own_tiles;
             u32 p[16];
             softmax(masked, p, tile);
 
-            // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn.
-            const bool more = tile + 1 < own_tiles;
+            // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait.
             v_ring.wait(v_at);
             if (more) k_ring.wait(k_at);
             turns.wait();
-#pragma unroll
-            for (int panel = 0; panel < PANELS; ++panel) add_pv(p, panel);
-            finish_pv();
+            add_pv(p, Constant<0>{});
+            if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
+            // Whose scores are in flight must not wait where branches meet: the compiler would serialize the GEMMs.
             if (more) {
                 issue_qk();
-                turns.pass();
+                end_turn();
                 finish_qk();
             } else {
-                turns.pass();
+                end_turn();
             }
         };
 
@@ -393,12 +423,13 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             k_ring.wait(k_at);
             issue_qk();
             finish_qk();
-            i32 last[2];
-            float top[2], logits[64];
-            last_columns(last, 0);
-            scores_to_float(logits, scores);
-            largest_scores<true>(top, logits, last);
-            raise({true, true}, top);
+            if constexpr (!RUNNING_MAX) {
+                i32 last[2];
+                Logits logits;
+                last_columns(last, 0);
+                scores_to_float(logits, scores);
+                raise(Masked{}, {true, true}, logits, last);
+            }
         }
         int tile = 0;
 #pragma unroll 1
@@ -436,6 +467,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const _
         pipeline.work().init(4 * CONSUMERS);
         mbarrier_init_fence();
     }
+    for (u32 at = threadIdx.x * 16; at < ONES_BYTES; at += THREADS * 16) {
+        store_shared_16_bytes(pipeline.shared + ONES_AT + at, FOUR_ONES_E4M3, FOUR_ONES_E4M3, FOUR_ONES_E4M3, FOUR_ONES_E4M3);
+    }
+    fence_async_proxy();
     __syncthreads();
     wait_for_previous_launch();
 

@@ -20,13 +20,17 @@ DEVICE u32 swizzled(int row, int column) {
     return column / panel * rows * panel + row * panel + mixed * 16 + column % 16;
 }
 
-/// Matrix descriptor of a tile that starts at `address` (1024-byte aligned). PTX ISA 9.7.15.5.1.2.2.
-/// Adding bytes / 16 moves the start.
+/// Matrix descriptor of a tile that starts at `address`, aligned to its swizzle atom; shared memory ends long before the field's 18 bits do. PTX ISA 9.7.15.5.1.2.2.
 template <int width>
 DEVICE u64 operand_descriptor(u32 address) {
     constexpr u64 eight_rows = 8 * PANEL_WIDTH<width>;
-    constexpr u64 mode = PANEL_WIDTH<width> == 128 ? 1 : 2;
-    return mode << 62 | (eight_rows >> 4) << 32 | u64{1} << 16 | u64{(address & 0x3ffff) >> 4};
+    constexpr u64 mode = width >= 128 ? 1 : width == 64 ? 2 : 3;
+    return mode << 62 | (eight_rows >> 4) << 32 | u64{1} << 16 | u64{address >> 4};
+}
+
+/// The descriptor of an operand `bytes` behind. In the low word alone: a 64-bit sum would carry from one half to the other in every GEMM's issue.
+DEVICE u64 descriptor_at(u64 descriptor, u32 bytes) {
+    return descriptor >> 32 << 32 | u64{static_cast<u32>(descriptor) + bytes / 16};
 }
 
 /// Bytes from the start of a tile to its 32-byte slice `slice` along a row, for descriptors.

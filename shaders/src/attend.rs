@@ -3,8 +3,12 @@
 //! Each way is one file here with its tile and its composition, and one variant of [`AttendKernel`].
 
 mod dot;
+mod matrix;
+mod matrix_i8;
 
 pub use dot::DotTile;
+pub use matrix::MatrixTile;
+pub use matrix_i8::MatrixI8Tile;
 
 use crate::{DType, KEY_TILE, Kernel, Native, Prelude, RowGroups};
 
@@ -63,6 +67,10 @@ impl Values {
 pub enum AttendKernel {
     /// Packed dot products.
     Dot(DotTile),
+    /// Cooperative matrices of f16.
+    Matrix(MatrixTile),
+    /// Matrices of 8-bit integers, in SPIR-V.
+    MatrixI8(MatrixI8Tile),
 }
 
 /// Axes of the attention kernel.
@@ -93,6 +101,8 @@ impl AttendVariant {
     pub const fn rows(&self) -> u32 {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.rows,
+            AttendKernel::Matrix(tile) => tile.rows(),
+            AttendKernel::MatrixI8(tile) => tile.rows(),
         }
     }
 
@@ -100,6 +110,8 @@ impl AttendVariant {
     pub const fn invocations(&self) -> u32 {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.invocations(),
+            AttendKernel::Matrix(tile) => tile.invocations(),
+            AttendKernel::MatrixI8(tile) => tile.invocations(),
         }
     }
 
@@ -107,6 +119,8 @@ impl AttendVariant {
     pub const fn workgroup_bytes(&self) -> u32 {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.workgroup_bytes(self.pv),
+            AttendKernel::Matrix(tile) => tile.workgroup_bytes(self.k_uniform(tile.key_tile)),
+            AttendKernel::MatrixI8(tile) => tile.workgroup_bytes(),
         }
     }
 
@@ -114,6 +128,8 @@ impl AttendVariant {
     pub const fn qk_dim(&self) -> u32 {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.qk_dim(),
+            AttendKernel::Matrix(tile) => tile.channels,
+            AttendKernel::MatrixI8(tile) => tile.qk_dim,
         }
     }
 
@@ -121,13 +137,16 @@ impl AttendVariant {
     pub const fn pv_dim(&self) -> u32 {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.pv_dim(),
+            AttendKernel::Matrix(tile) => tile.channels,
+            AttendKernel::MatrixI8(tile) => tile.pv_dim,
         }
     }
 
     /// How the codes of Q and K are stored.
     pub const fn codes(&self) -> Codes {
         match self.kernel {
-            AttendKernel::Dot(_) => Codes::I8,
+            AttendKernel::Dot(_) | AttendKernel::MatrixI8(_) => Codes::I8,
+            AttendKernel::Matrix(_) => Codes::F16,
         }
     }
 
@@ -136,6 +155,7 @@ impl AttendVariant {
         match (self.kernel, self.pv) {
             (AttendKernel::Dot(_), Pv::F16) => Values::F16Pairs,
             (AttendKernel::Dot(_), Pv::I8) => Values::I8,
+            (AttendKernel::Matrix(_) | AttendKernel::MatrixI8(_), _) => Values::F16Rows,
         }
     }
 
@@ -143,6 +163,8 @@ impl AttendVariant {
     pub const fn key_tile(&self) -> u32 {
         match self.kernel {
             AttendKernel::Dot(_) => KEY_TILE,
+            AttendKernel::Matrix(tile) => tile.key_tile,
+            AttendKernel::MatrixI8(tile) => tile.key_tile,
         }
     }
 
@@ -150,7 +172,27 @@ impl AttendVariant {
     pub const fn stale(&self) -> u8 {
         match self.kernel {
             AttendKernel::Dot(_) => 0,
+            AttendKernel::Matrix(tile) => tile.stale(),
+            AttendKernel::MatrixI8(_) => MatrixI8Tile::STALE,
         }
+    }
+
+    /// What O is divided by: the sum of P before it was rounded, or after.
+    pub const fn divides_by_unrounded(&self) -> bool {
+        match self.kernel {
+            AttendKernel::Dot(_) => false,
+            AttendKernel::Matrix(_) | AttendKernel::MatrixI8(_) => true,
+        }
+    }
+
+    /// Whether the kernel needs f16 and cooperative matrices in WGSL.
+    pub const fn needs_matrices(&self) -> bool {
+        matches!(self.kernel, AttendKernel::Matrix(_))
+    }
+
+    /// Whether all keys of a tile share one scale.
+    const fn k_uniform(&self, key_tile: u32) -> bool {
+        self.k_groups.slots == 1 && self.k_groups.block.is_multiple_of(key_tile)
     }
 
     /// Whether V has a factor per channel.
@@ -165,6 +207,8 @@ impl AttendVariant {
     pub fn name(&self) -> String {
         let (way, tile) = match self.kernel {
             AttendKernel::Dot(tile) => ("dot", tile.name()),
+            AttendKernel::Matrix(tile) => ("matrix", tile.name()),
+            AttendKernel::MatrixI8(tile) => ("matrix_i8", tile.name()),
         };
         let pv = match self.pv {
             Pv::F16 => "f16",
@@ -188,6 +232,8 @@ impl AttendVariant {
     pub(crate) fn compose(&self, prelude: Prelude, native: Native) -> Kernel {
         match &self.kernel {
             AttendKernel::Dot(tile) => tile.compose(self, prelude, native),
+            AttendKernel::Matrix(tile) => tile.compose(self, native),
+            AttendKernel::MatrixI8(tile) => tile.compose(self),
         }
     }
 
@@ -206,5 +252,7 @@ impl AttendVariant {
     /// Variants that visit every value of every axis, for tests that need no device.
     pub(crate) fn samples(dtype: DType, head_dim: u32) -> impl Iterator<Item = Self> {
         DotTile::samples(dtype, head_dim)
+            .chain(MatrixTile::samples(dtype, head_dim))
+            .chain(MatrixI8Tile::samples(dtype, head_dim))
     }
 }

@@ -5,27 +5,49 @@ use std::mem::offset_of;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use sageattn_shaders::abi::{AttendParams, TensorParams, View};
-use sageattn_shaders::{ABI_WGSL, Native, Variant};
+use sageattn_shaders::{ABI_WGSL, Kernel, Native, Source, Variant};
 
-fn validate(name: &str, source: &str) -> Result<naga::Module, String> {
-    let module = naga::front::wgsl::parse_str(source)
-        .map_err(|error| format!("{name}: {}", error.emit_to_string(source)))?;
-    // The one capability beyond the baseline: pack2x16float, which every native backend has.
-    Validator::new(
-        ValidationFlags::all(),
-        Capabilities::SHADER_FLOAT16_IN_FLOAT32,
-    )
-    .validate(&module)
-    .map_err(|error| format!("{name}: {}", error.emit_to_string(source)))?;
-    Ok(module)
+/// Parses and validates a variant with the capabilities that it may ask for and no others.
+fn validate(variant: &Variant, native: Native) -> Result<(Kernel, naga::Module), String> {
+    let kernel = variant.compose(native);
+    let Source::Wgsl(source) = &kernel.source else {
+        return Err(format!("{}: no WGSL", kernel.name));
+    };
+    let told = |error: String| format!("{}: {error}", kernel.name);
+    // The one capability beyond the baseline that all have: pack2x16float, which every native backend
+    // has.
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    if matches!(variant, Variant::Attend(attend) if attend.needs_matrices()) {
+        capabilities |= Capabilities::SHADER_FLOAT16
+            | Capabilities::COOPERATIVE_MATRIX
+            | Capabilities::SUBGROUP;
+    }
+    let mut parser = naga::front::wgsl::Frontend::new();
+    parser.set_options(naga::front::wgsl::Options {
+        capabilities,
+        ..naga::front::wgsl::Options::new()
+    });
+    let module = parser
+        .parse(source)
+        .map_err(|error| told(error.emit_to_string(source)))?;
+    Validator::new(ValidationFlags::all(), capabilities)
+        .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+        .validate(&module)
+        .map_err(|error| told(error.emit_to_string(source)))?;
+    Ok((kernel, module))
+}
+
+/// Every variant in WGSL. `tests/spirv.rs` looks at the others.
+fn variants() -> impl Iterator<Item = Variant> {
+    let all = Variant::all().into_iter();
+    all.filter(|v| matches!(v.compose(Native::ALL).source, Source::Wgsl(_)))
 }
 
 #[test]
 fn every_variant_validates_under_a_name_of_its_own() {
     let mut names = std::collections::HashMap::new();
-    for variant in Variant::all() {
-        let kernel = variant.compose(Native::ALL);
-        let module = validate(&kernel.name, &kernel.source).unwrap();
+    for variant in variants() {
+        let (kernel, module) = validate(&variant, Native::ALL).unwrap();
         assert!(!module.overrides.is_empty(), "{}: no override", kernel.name);
         assert_eq!(module.entry_points.len(), 1, "{}", kernel.name);
         if let Some(other) = names.insert(kernel.name.clone(), variant) {
@@ -41,20 +63,18 @@ fn the_replacements_for_broken_instructions_validate() {
         dot: false,
         pack: false,
     };
-    for variant in Variant::all() {
-        let kernel = variant.compose(none);
-        validate(&kernel.name, &kernel.source).unwrap();
+    for variant in variants() {
+        validate(&variant, none).unwrap();
     }
 }
 
 #[test]
 fn workgroup_memory_is_what_the_tile_says() {
-    for variant in Variant::all() {
+    for variant in variants() {
         let Variant::Attend(attend) = variant else {
             continue;
         };
-        let kernel = variant.compose(Native::ALL);
-        let module = validate(&kernel.name, &kernel.source).unwrap();
+        let (kernel, module) = validate(&variant, Native::ALL).unwrap();
         let mut layouter = naga::proc::Layouter::default();
         layouter.update(module.to_ctx()).unwrap();
         let declared: u32 = module

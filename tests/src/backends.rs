@@ -9,6 +9,8 @@ use sageattn::Device;
 pub struct Found {
     /// Its name in test names: the backend's own, with a number from its second device on.
     pub label: String,
+    /// Its name in `expectations.toml`: the backend's, with `:tier` where one is forced.
+    pub name: String,
     /// The device.
     pub device: Device,
 }
@@ -23,12 +25,13 @@ pub struct Absent {
 }
 
 /// What this machine has, in order of preference, and what it has not. Of devices that are alike the
-/// first stands for all.
+/// first stands for all. A device with several tiers is there once as it is and once for each of them,
+/// as `wgpu:dot`.
 pub fn all() -> (Vec<Found>, Vec<Absent>) {
     let survey = Device::all();
     let mut infos = Vec::new();
     let mut per_backend: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut found = Vec::new();
+    let (mut found, mut forced, mut refused) = (Vec::new(), Vec::new(), Vec::new());
     for device in survey.devices {
         let info = (device.name(), device.device());
         if infos.contains(&info) {
@@ -41,13 +44,33 @@ pub fn all() -> (Vec<Found>, Vec<Absent>) {
             1 => device.name().to_owned(),
             n => format!("{}{n}", device.name()),
         };
-        found.push(Found { label, device });
+        let name = device.name().to_owned();
+        let tiers = device.tiers();
+        for tier in tiers.iter().filter(|_| tiers.len() > 1) {
+            match device.with_tier(tier) {
+                Ok(device) => forced.push(Found {
+                    label: format!("{label}:{tier}"),
+                    name: format!("{name}:{tier}"),
+                    device,
+                }),
+                Err(error) => refused.push(Absent {
+                    name: device.name(),
+                    reason: format!("tier {tier}: {error}"),
+                }),
+            }
+        }
+        found.push(Found {
+            label,
+            name,
+            device,
+        });
     }
-    let refused = survey.refusals.into_iter().map(|refusal| Absent {
+    found.append(&mut forced);
+    refused.extend(survey.refusals.into_iter().map(|refusal| Absent {
         name: refusal.backend,
         reason: refusal.error.to_string(),
-    });
-    (found, refused.collect())
+    }));
+    (found, refused)
 }
 
 #[cfg(test)]

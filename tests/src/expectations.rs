@@ -32,7 +32,7 @@ pub struct Claims {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KnownFailure {
-    /// The backend.
+    /// The backend, with every tier of it; or one tier, as `wgpu:dot`.
     pub backend: String,
     /// A part of the device's name; without it, every device.
     pub device: Option<String>,
@@ -69,7 +69,7 @@ impl Expectations {
         Ok(parsed)
     }
 
-    /// What a backend claims; a backend that is not named claims every recipe.
+    /// What a backend, or one tier of it, claims; one that is not named claims every recipe.
     pub fn claims(&self, backend: &str) -> Claims {
         let named = self.backend.iter().find(|claims| claims.name == backend);
         named.cloned().unwrap_or_else(|| Claims {
@@ -88,7 +88,8 @@ impl Expectations {
         recipe: &str,
     ) -> Option<&KnownFailure> {
         self.known_failure.iter().find(|known| {
-            known.backend == backend
+            let of_any_tier = backend.split(':').next() == Some(known.backend.as_str());
+            (known.backend == backend || of_any_tier)
                 && known
                     .device
                     .as_deref()
@@ -130,6 +131,9 @@ mod tests {
         let covered =
             |device, case, recipe| parsed.known_failure("wgpu", device, case, recipe).is_some();
         assert!(covered("llvmpipe (LLVM 15)", "shapes/tail_n1", "sage1-b"));
+        let in_tier = |tier| parsed.known_failure(tier, "llvmpipe", "shapes/tail_n1", "sage1-b");
+        assert!(in_tier("wgpu:dot").is_some());
+        assert!(in_tier("wgpux").is_none());
         assert!(!covered("H100", "shapes/tail_n1", "sage1-b"));
         assert!(!covered("llvmpipe", "shapes/long", "sage1-b"));
         assert!(!covered("llvmpipe", "shapes/tail_n1", "sage1-b+unsmoothed"));

@@ -131,15 +131,18 @@ impl Suite {
     }
 
     fn trial(&self, found: &Found, case: Case, recipe: Recipe) -> Trial {
-        let Found { label, device } = found.clone();
+        let Found {
+            label,
+            name: backend,
+            device,
+        } = found.clone();
         let (tally, cache) = (Arc::clone(&self.tally), Arc::clone(&self.prepared));
         let expectations = Arc::clone(&self.expectations);
         let name = format!("[{label}] {} {recipe}", case.name);
         Trial::ignorable_test(name, move || {
             let info = device.device();
             let recipe_name = recipe.to_string();
-            let known =
-                expectations.known_failure(device.name(), &info.name, &case.name, &recipe_name);
+            let known = expectations.known_failure(&backend, &info.name, &case.name, &recipe_name);
             let cell = cache.get(&case, info.kind);
             let result = match cell.get() {
                 Some(Ok(prepared)) => runner::run(&*device, prepared, &recipe),
@@ -160,7 +163,7 @@ impl Suite {
                     Ok(ignored(&tally, &label, &reason))
                 }
                 (Err(Failure::Unsupported(refusal)), None)
-                    if !expectations.claims(device.name()).recipe(&recipe) =>
+                    if !expectations.claims(&backend).recipe(&recipe) =>
                 {
                     Ok(ignored(&tally, &label, &refusal.missing.join("; ")))
                 }
@@ -203,7 +206,7 @@ impl Suite {
     /// Backends on which fewer trials ran than the committed number.
     fn too_few(&self, found: &[Found]) -> Vec<String> {
         let short = found.iter().filter_map(|found| {
-            let at_least = self.expectations.claims(found.device.name()).at_least;
+            let at_least = self.expectations.claims(&found.name).at_least;
             let counts = self.tally.counts(&found.label);
             let ran = counts.passed + counts.failed;
             (ran < at_least).then(|| {

@@ -76,9 +76,9 @@ pub(crate) struct ChoiceArgs {
 const AUTO: &str = "auto";
 
 /// Which device and recipe were asked for; `None` leaves it to the library.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Choice {
-    backend: Option<&'static str>,
+    backend: Option<String>,
     recipe: Option<Recipe>,
 }
 
@@ -87,7 +87,10 @@ impl ChoiceArgs {
     pub(crate) fn parse(&self) -> Result<Choice> {
         let backend = match self.backend.as_str() {
             AUTO => None,
-            name => Some(Device::backend_name(name)?),
+            name => {
+                Device::backend_name(name)?;
+                Some(name.to_owned())
+            }
         };
         let recipe = match self.recipe.as_str() {
             AUTO => None,
@@ -100,7 +103,7 @@ impl ChoiceArgs {
 impl Choice {
     /// Opens the device for a problem.
     pub(crate) fn open(&self, problem: &Problem) -> Result<(Device, Recipe), Error> {
-        let Some(backend) = self.backend else {
+        let Some(backend) = &self.backend else {
             return Device::best_for(problem, self.recipe);
         };
         let device = Device::open(backend)?;
@@ -110,8 +113,10 @@ impl Choice {
 
     /// Opens the device for more than one problem.
     pub(crate) fn open_any(&self) -> Result<Device, Error> {
-        self.backend
-            .map_or_else(|| Ok(Device::best()), Device::open)
+        match &self.backend {
+            Some(backend) => Device::open(backend),
+            None => Ok(Device::best()),
+        }
     }
 
     /// The recipe that was asked for, if one was.

@@ -22,6 +22,9 @@ struct Found {
     kind: &'static str,
     /// Whether `--backend auto` may take it.
     auto: bool,
+    /// The names that may follow the backend's behind a colon.
+    tiers: Vec<&'static str>,
+    notes: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -50,7 +53,7 @@ pub(crate) fn devices(args: &DevicesArgs) -> Result<()> {
     }
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.set_header(["backend", "device", "driver", "kind", "auto"]);
+    table.set_header(["backend", "device", "driver", "kind", "auto", "tiers"]);
     for found in &listing.devices {
         let auto = if found.auto { "yes" } else { "no" };
         table.add_row([
@@ -59,9 +62,15 @@ pub(crate) fn devices(args: &DevicesArgs) -> Result<()> {
             &found.driver,
             found.kind,
             auto,
+            &found.tiers.join(", "),
         ]);
     }
     let mut text = table.trim_fmt();
+    for found in &listing.devices {
+        for note in &found.notes {
+            text.push_str(&format!("\n{} on {}: {note}", found.backend, found.device));
+        }
+    }
     for refused in &listing.refused {
         text.push_str(&format!("\nno {}: {}", refused.backend, refused.reason));
     }
@@ -80,5 +89,7 @@ fn found(device: &Device) -> Found {
             DeviceKind::Gpu => "gpu",
         },
         auto: device.is_candidate(),
+        tiers: device.tiers(),
+        notes: device.notes(),
     }
 }

@@ -6,6 +6,7 @@
 //! one buffer of the caller's, which two runs at the same time must not share.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::scratch::ScratchRange;
@@ -30,6 +31,28 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
     /// The recipe this device computes fastest at SageAttention's accuracy.
     fn preferred(&self, problem: &Problem) -> Recipe;
+
+    /// The ways this device has to compute one recipe, where it has several: the names that
+    /// [`with_tier`](Self::with_tier) takes, in order of preference.
+    fn tiers(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// The same device, on which every plan goes one way: for comparisons, for tests, and for results
+    /// that stay the same whatever a measurement says.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an unknown name, [`Error::Unsupported`] with what the device lacks.
+    fn with_tier(&self, tier: &str) -> Result<Arc<dyn Backend>, Error> {
+        let reason = format!("{} has one way only, not {tier:?}", self.name());
+        Err(Error::invalid("tier", reason))
+    }
+
+    /// What a user should know of this device: what its self-tests found wrong, and what is done
+    /// instead.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Chooses kernels, compiles what is not cached, and lays out the scratch.
     ///

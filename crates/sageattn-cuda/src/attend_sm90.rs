@@ -14,6 +14,8 @@ const STAGE_BARRIERS: u32 = 16;
 /// Works that the producer has drawn and the consumers not yet finished.
 const WORK_SLOTS: u32 = 2;
 const WORK_BYTES: u32 = 16;
+/// Eight channels of ones for 32 keys.
+const ONES_BYTES: u32 = 8 * 32;
 
 /// How the kernel rounds P: `attn/softmax.cuh`.
 pub(crate) const fn rounding(variant: &Attend) -> Rounding {
@@ -29,12 +31,16 @@ pub(crate) const fn rounding(variant: &Attend) -> Rounding {
                 limit: 448.0,
             }
         },
-        divisor: Divisor::UnroundedP,
+        divisor: if variant.running_max {
+            Divisor::RoundedP
+        } else {
+            Divisor::UnroundedP
+        },
     }
 }
 
 /// Dynamic shared memory of a block: Q, then stages of K, V, K's scales and the barriers of two rings,
-/// then the works, their barriers and V's scales for each.
+/// ones, then the works, their barriers and V's scales for each.
 pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
     let q = WARPGROUP_ROWS * variant.width;
     let tile = TILE_KEYS * variant.width;
@@ -42,7 +48,7 @@ pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
     let v_scales = 4 * variant.width;
     let stage = 2 * tile + k_scales + 2 * STAGE_BARRIERS;
     let work = STAGE_BARRIERS + WORK_BYTES + v_scales;
-    variant.consumers * q + variant.stages * stage + WORK_SLOTS * work
+    variant.consumers * q + variant.stages * stage + ONES_BYTES + WORK_SLOTS * work
 }
 
 /// Threads of a block: the consumers, and one more warpgroup for the producer.

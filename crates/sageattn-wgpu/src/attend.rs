@@ -2,6 +2,10 @@
 //! [`tier`](crate::tier) by the file of its tier here.
 
 pub(crate) mod dot;
+pub(crate) mod matrix;
+pub(crate) mod matrix_i8;
+#[cfg(test)]
+mod sweep;
 
 use sageattn_core::{Align, Error, Mask};
 use sageattn_shaders::Variant;

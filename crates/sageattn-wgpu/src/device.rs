@@ -11,12 +11,14 @@ use sageattn_shaders::Native;
 use crate::buffer::{Owner, WgpuBuffer, check_copy};
 use crate::pipeline::Pipelines;
 use crate::plan::{self, WgpuPlan};
-use crate::tier::{Facts, Request, Tier};
+use crate::tier::{Facts, Forced, Tier};
+use crate::tune::Findings;
+use crate::vulkan;
 
 /// A wgpu device as a backend. Cloning it gives another handle to the same device and kernels.
 #[derive(Clone)]
 pub struct Wgpu {
-    context: Arc<Context>,
+    pub(crate) context: Arc<Context>,
 }
 
 /// What the parts of this crate share of a device.
@@ -25,11 +27,12 @@ pub(crate) struct Context {
     pub(crate) queue: wgpu::Queue,
     owner: Owner,
     pub(crate) facts: Facts,
-    /// The tier that every plan must take, if the caller said so.
-    forced: Option<Tier>,
+    /// What every plan must take, if the caller said so.
+    pub(crate) forced: Option<Forced>,
     pub(crate) info: wgpu::AdapterInfo,
     pub(crate) native: Native,
     pub(crate) pipelines: Pipelines,
+    pub(crate) findings: Findings,
     /// Operations that one dispatch may hold.
     pub(crate) dispatch_ops: u64,
     /// What the self-test found wrong and nothing can replace.
@@ -182,12 +185,15 @@ impl Wgpu {
                 matrices: adapter
                     .map(wgpu::Adapter::cooperative_matrix_properties)
                     .unwrap_or_default(),
-                subgroup: [info.subgroup_min_size, info.subgroup_max_size],
-                struck: Vec::new(),
+                i8_matrices: vulkan::i8_matrices(&device),
+                subgroup: subgroup(&info),
+                // Metal's functions for matrices take pointers to numbers.
+                vector_items: info.backend != wgpu::Backend::Metal,
             },
             forced: None,
             native: Native::ALL,
             pipelines: Pipelines::default(),
+            findings: Findings::default(),
             broken: Vec::new(),
             device,
             queue,
@@ -197,6 +203,7 @@ impl Wgpu {
             lost,
         };
         context.self_test()?;
+        context.prove_matrix_layout()?;
         Ok(Self {
             context: Arc::new(context),
         })
@@ -220,6 +227,7 @@ impl Wgpu {
             };
             // Compiled kernels are known by their variant, which does not tell the two apart.
             context.pipelines = Pipelines::default();
+            context.findings = Findings::default();
         })
     }
 
@@ -230,23 +238,27 @@ impl Wgpu {
     /// # Errors
     /// [`Error::Unsupported`] with what the device lacks for the tier.
     pub fn with_tier(&self, tier: Tier) -> Result<Self, Error> {
-        let lacks = tier.lacks(&self.context.facts);
+        let context = &self.context;
+        let mut lacks = tier.lacks(&context.facts);
+        lacks.extend(context.findings.struck(tier));
         if !lacks.is_empty() {
             let in_tier = |lack| format!("tier {tier}: {lack}");
             let missing = lacks.into_iter().map(in_tier).collect();
-            return Err(self.context.unsupported(missing).into());
+            return Err(context.unsupported(missing).into());
         }
-        Ok(self.with(|context| context.forced = Some(tier)))
+        Ok(self.with(|context| context.forced = Some(Forced::Tier(tier))))
     }
 
-    /// The tiers that this device has, in the order in which plans try them.
+    /// The tiers that this device has and nothing was found wrong with, in the order in which plans try
+    /// them where nothing has been measured. How a plan was made is told by the name of its variant.
     pub fn tiers(&self) -> Vec<Tier> {
         let facts = &self.context.facts;
-        let there = Tier::ALL.iter().filter(|tier| tier.lacks(facts).is_empty());
-        there.copied().collect()
+        let mut tiers = self.context.order();
+        tiers.retain(|tier| tier.lacks(facts).is_empty());
+        tiers
     }
 
-    fn with(&self, change: impl FnOnce(&mut Context)) -> Self {
+    pub(crate) fn with(&self, change: impl FnOnce(&mut Context)) -> Self {
         let old = &self.context;
         let mut context = Context {
             device: old.device.clone(),
@@ -257,6 +269,7 @@ impl Wgpu {
             info: old.info.clone(),
             native: old.native,
             pipelines: old.pipelines.clone(),
+            findings: old.findings.clone(),
             dispatch_ops: old.dispatch_ops,
             broken: old.broken.clone(),
             lost: Arc::clone(&old.lost),
@@ -336,8 +349,36 @@ impl Backend for Wgpu {
         plan::supports(&self.context, problem, recipe)
     }
 
-    fn preferred(&self, _problem: &Problem) -> Recipe {
-        Recipe::SAGE1_B
+    /// `sage1-b` where a tier of matrix cores takes it; else `i8-i8-dyn`, whose two products are both
+    /// packed dot products.
+    fn preferred(&self, problem: &Problem) -> Recipe {
+        plan::preferred(&self.context, problem)
+    }
+
+    fn tiers(&self) -> Vec<&'static str> {
+        Self::tiers(self).into_iter().map(Tier::name).collect()
+    }
+
+    fn with_tier(&self, tier: &str) -> Result<Arc<dyn Backend>, Error> {
+        Ok(Arc::new(Self::with_tier(self, tier.parse()?)?))
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let context = &self.context;
+        let mut notes = context.findings.notes();
+        if !context.native.dot {
+            notes.push("packed dot products are replaced by integer arithmetic".to_owned());
+        }
+        if !context.native.pack {
+            notes.push("the packing of f16 is replaced by integer arithmetic".to_owned());
+        }
+        notes.extend(
+            context
+                .broken
+                .iter()
+                .map(|need| format!("not usable for want of {need}")),
+        );
+        notes
     }
 
     fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
@@ -383,6 +424,15 @@ impl Backend for Wgpu {
     }
 }
 
+/// The smallest and the largest subgroup of an adapter. wgpu reports what Metal allows in general; the
+/// GPUs that have matrices have subgroups of 32.
+fn subgroup(info: &wgpu::AdapterInfo) -> [u32; 2] {
+    match info.backend {
+        wgpu::Backend::Metal => [32, 32],
+        _ => [info.subgroup_min_size, info.subgroup_max_size],
+    }
+}
+
 /// One for the process: opening one loads drivers.
 fn instance() -> &'static wgpu::Instance {
     static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
@@ -392,12 +442,24 @@ fn instance() -> &'static wgpu::Instance {
 }
 
 impl Context {
-    /// The order in which tiers are tried for a request.
-    pub(crate) fn order(&self, _request: &Request) -> Vec<Tier> {
-        match self.forced {
-            Some(tier) => vec![tier],
+    /// The tiers to try where nothing has been measured.
+    pub(crate) fn order(&self) -> Vec<Tier> {
+        let mut order = match self.forced {
+            Some(Forced::Tier(tier)) => vec![tier],
+            Some(Forced::Kernel(kernel)) => vec![Tier::of(&kernel)],
             None => Tier::ALL.to_vec(),
+        };
+        if self.forced.is_none() && self.is_software() {
+            // Matrices in software cost more than they save.
+            order.reverse();
         }
+        order.retain(|tier| self.findings.struck(*tier).is_none());
+        order
+    }
+
+    /// A GPU interface in software.
+    pub(crate) fn is_software(&self) -> bool {
+        self.info.device_type == wgpu::DeviceType::Cpu
     }
 
     /// The wgpu buffer behind a tensor of this device.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sageattn_core::{
-    Buffer, Clock, Description, Error, Grouping, Io, Mask, Outputs, Plan, Problem, Profile,
-    PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
+    Buffer, Clock, Description, Divisor, Error, Grouping, Io, Mask, Outputs, Plan, Problem,
+    Profile, PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
 };
 use sageattn_shaders::{AttendVariant, ChannelOp, DType, KEY_TILE, Pv, RowGroups, Variant};
 
@@ -14,7 +14,7 @@ use crate::device::Context;
 use crate::memory::{Binder, Extents, Workspace, binding_need, index, padded};
 use crate::pipeline::{ParamCache, Step, record};
 use crate::quantize::{self, MAX_SAMPLES, shader_dtype};
-use crate::tier::{self, Request};
+use crate::tier::{self, Forced, Request, Tier};
 
 /// Scores stay below 3e38 for |Q| and |K| up to 1e15 under any softmax scale up to this.
 const MAX_SOFTMAX_SCALE: f32 = 1e5;
@@ -64,9 +64,38 @@ pub(crate) fn supports(
     problem: &Problem,
     recipe: &Recipe,
 ) -> Result<(), Unsupported> {
-    match choose(context, problem, recipe) {
+    match choose(context, problem, recipe, &context.order()) {
         Ok(_) => Ok(()),
         Err(missing) => Err(context.unsupported(missing)),
+    }
+}
+
+/// The recipe that the device computes fastest at SageAttention's accuracy.
+pub(crate) fn preferred(context: &Arc<Context>, problem: &Problem) -> Recipe {
+    let request = request(problem, Pv::F16, RowGroups::BLOCK_128, RowGroups::BLOCK_64);
+    let order = context.ranked(&request, &Recipe::SAGE1_B);
+    // Without a measurement the order that is known without one.
+    let order = order.unwrap_or_else(|_| context.order());
+    let kernel = tier::choose(&context.facts, &request, &order);
+    match kernel.map(|kernel| Tier::of(&kernel)) {
+        Ok(Tier::Dot) if context.forced.is_none() => Recipe::I8_I8_DYN,
+        _ => Recipe::SAGE1_B,
+    }
+}
+
+/// What the choice of the kernel looks at.
+fn request(problem: &Problem, pv: Pv, q_groups: RowGroups, k_groups: RowGroups) -> Request {
+    let shape = problem.shape();
+    Request {
+        q_len: shape.q_len,
+        kv_len: shape.kv_len,
+        heads_per_kv: shape.heads_per_kv(),
+        pairs: shape.batch * shape.q_heads,
+        // At most 256: `Problem` says so.
+        head_dim: index(shape.head_dim as u64),
+        pv,
+        q_groups,
+        k_groups,
     }
 }
 
@@ -74,6 +103,7 @@ fn choose(
     context: &Context,
     problem: &Problem,
     recipe: &Recipe,
+    order: &[Tier],
 ) -> Result<(Kernels, Workspace), Vec<String>> {
     let shape = problem.shape();
     let mut missing = context.broken.clone();
@@ -119,16 +149,12 @@ fn choose(
     let Some((grouping, q_groups, k_groups, pv)) = recipes else {
         return Err(missing);
     };
-    let request = Request {
-        q_len: shape.q_len,
-        kv_len: shape.kv_len,
-        heads_per_kv: shape.heads_per_kv(),
-        pairs: shape.batch * shape.q_heads,
-        // At most 256: `Problem` says so.
-        head_dim: index(shape.head_dim as u64),
-        pv,
+    let request = request(problem, pv, q_groups, k_groups);
+    let kernel = match context.forced {
+        Some(Forced::Kernel(kernel)) => Ok(kernel),
+        _ => tier::choose(&context.facts, &request, order),
     };
-    let kernel = match tier::choose(&context.facts, &request, &context.order(&request)) {
+    let kernel = match kernel {
         Ok(kernel) => kernel,
         Err(needs) => {
             missing.extend(needs);
@@ -240,9 +266,23 @@ impl WgpuPlan {
         problem: &Problem,
         recipe: &Recipe,
     ) -> Result<Self, Error> {
-        let (kernels, workspace) = choose(context, problem, recipe)
-            .map_err(|missing| Error::from(context.unsupported(missing)))?;
-        // Compiled now, not in the first run; the other stages are small and follow when recorded.
+        let refuse = |missing| Error::from(context.unsupported(missing));
+        // Before anything is measured: whether there is a choice at all.
+        choose(context, problem, recipe, &context.order()).map_err(refuse)?;
+        let request = known(recipe).map(|(_, q, k, pv)| request(problem, pv, q, k));
+        let (kernels, workspace) = loop {
+            let order = match &request {
+                Some(request) => context.ranked(request, recipe)?,
+                None => Vec::new(),
+            };
+            let chosen = choose(context, problem, recipe, &order).map_err(refuse)?;
+            // A kernel is compiled and tried now, not in the first run. One that is wrong strikes its
+            // tier from the order, so this ends.
+            let trying = matches!(context.forced, Some(Forced::Kernel(_)));
+            if trying || context.is_right(&chosen.0.attend, problem, recipe)? {
+                break chosen;
+            }
+        };
         context
             .pipelines
             .get(context, &Variant::Attend(kernels.attend))?;
@@ -367,6 +407,10 @@ impl Plan for WgpuPlan {
                 key_tile: self.kernels.attend.key_tile() as usize,
                 reference: Reference::Maximum {
                     stale: f32::from(self.kernels.attend.stale()),
+                },
+                divisor: match self.kernels.attend.divides_by_unrounded() {
+                    true => Divisor::UnroundedP,
+                    false => Divisor::RoundedP,
                 },
                 ..Rounding::of(&self.kernels.recipe)
             },

@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use sageattn_core::Error;
-use sageattn_shaders::{AttendKernel, Pv};
+use sageattn_shaders::{AttendKernel, Pv, RowGroups};
 
 use crate::attend;
 
@@ -16,29 +16,43 @@ use crate::attend;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Tier {
+    /// Q K^T on matrix cores in 8-bit integers, P V on them in f16: SPIR-V, on Vulkan.
+    MatrixI8,
+    /// Cooperative matrices in WGSL, f16 with f32 sums: matrix cores, where wgpu offers them.
+    Matrix,
     /// Packed 8-bit dot products, in plain WGSL: on every device.
     Dot,
 }
 
 impl Tier {
     /// Every tier, in the order in which they are tried when nothing has been measured.
-    pub const ALL: &'static [Self] = &[Self::Dot];
+    pub const ALL: &'static [Self] = &[Self::MatrixI8, Self::Matrix, Self::Dot];
 
     /// Its name, as in [`Description::variant`](sageattn_core::Description::variant): `attend_dot_..`.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::MatrixI8 => "matrix_i8",
+            Self::Matrix => "matrix",
             Self::Dot => "dot",
         }
     }
 
     /// What the device lacks for this tier, whatever the request.
     pub(crate) fn lacks(self, facts: &Facts) -> Vec<String> {
-        let mut lacks = match self {
+        match self {
+            Self::MatrixI8 => attend::matrix_i8::lacks(facts),
+            Self::Matrix => attend::matrix::lacks(facts),
             Self::Dot => Vec::new(),
-        };
-        let struck = facts.struck.iter().filter(|(tier, _)| *tier == self);
-        lacks.extend(struck.map(|(_, reason)| reason.clone()));
-        lacks
+        }
+    }
+
+    /// The tier of a kernel.
+    pub(crate) const fn of(kernel: &AttendKernel) -> Self {
+        match kernel {
+            AttendKernel::MatrixI8(_) => Self::MatrixI8,
+            AttendKernel::Matrix(_) => Self::Matrix,
+            AttendKernel::Dot(_) => Self::Dot,
+        }
     }
 
     /// The kernel for a request.
@@ -48,6 +62,8 @@ impl Tier {
             return Err(lacks);
         }
         match self {
+            Self::MatrixI8 => attend::matrix_i8::kernel(facts, request),
+            Self::Matrix => attend::matrix::kernel(facts, request),
             Self::Dot => attend::dot::kernel(facts, request),
         }
     }
@@ -72,19 +88,29 @@ impl FromStr for Tier {
     }
 }
 
+/// What the caller, or a measurement, has decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Forced {
+    /// The tier, whatever its tile.
+    Tier(Tier),
+    /// The very kernel, tried or not: to try it.
+    Kernel(AttendKernel),
+}
+
 /// What the choice looks at of a device.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "tiers to come read the rest")]
 pub(crate) struct Facts {
     pub(crate) limits: wgpu::Limits,
     /// Features that the device was opened with.
     pub(crate) features: wgpu::Features,
     /// Shapes of cooperative matrices, as the adapter reports them; none without the adapter.
     pub(crate) matrices: Vec<wgpu::CooperativeMatrixProperties>,
+    /// Why it has not the 8-bit matrices of which wgpu does not report, or not as their kernel expects.
+    pub(crate) i8_matrices: Result<(), String>,
     /// The smallest and the largest subgroup that a kernel may meet.
     pub(crate) subgroup: [u32; 2],
-    /// Tiers that a self-test found wrong, and how.
-    pub(crate) struck: Vec<(Tier, String)>,
+    /// Whether matrices may be loaded from arrays of vectors.
+    pub(crate) vector_items: bool,
 }
 
 /// What the choice looks at of a call.
@@ -98,6 +124,8 @@ pub(crate) struct Request {
     pub(crate) pairs: usize,
     pub(crate) head_dim: u32,
     pub(crate) pv: Pv,
+    pub(crate) q_groups: RowGroups,
+    pub(crate) k_groups: RowGroups,
 }
 
 /// The kernel for a request: that of the first tier in `order` that takes it.
@@ -132,8 +160,9 @@ pub(crate) mod tests {
             limits: wgpu::Limits::default(),
             features: wgpu::Features::empty(),
             matrices: Vec::new(),
+            i8_matrices: Err("8-bit matrices".to_owned()),
             subgroup: [32, 32],
-            struck: Vec::new(),
+            vector_items: true,
         }
     }
 
@@ -146,6 +175,8 @@ pub(crate) mod tests {
             pairs: 32,
             head_dim,
             pv,
+            q_groups: RowGroups::BLOCK_128,
+            k_groups: RowGroups::BLOCK_64,
         }
     }
 
@@ -163,13 +194,5 @@ pub(crate) mod tests {
             let kernel = choose(&plain(), &long(128, pv), Tier::ALL).unwrap();
             assert!(matches!(kernel, AttendKernel::Dot(_)), "{kernel:?}");
         }
-    }
-
-    #[test]
-    fn a_struck_tier_is_refused_with_its_reason() {
-        let mut facts = plain();
-        facts.struck.push((Tier::Dot, "wrong sums".to_owned()));
-        let needs = choose(&facts, &long(64, Pv::F16), Tier::ALL).unwrap_err();
-        assert_eq!(needs, ["tier dot: wrong sums"]);
     }
 }

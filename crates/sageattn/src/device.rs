@@ -78,22 +78,36 @@ impl Device {
         Err(Error::NoBackend { refusals })
     }
 
-    /// The best device of one backend, software or not.
+    /// The best device of one backend, software or not. `wgpu:matrix` is its device `wgpu` [with the
+    /// tier](Self::with_tier) `matrix`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a name that is not in [`BACKENDS`](Self::BACKENDS), and the backend's own
-    /// error when it finds no device.
+    /// [`Error::Invalid`] for a name that is not in [`BACKENDS`](Self::BACKENDS), the backend's own
+    /// error when it finds no device, and as from [`with_tier`](Self::with_tier).
     pub fn open(backend: &str) -> Result<Self, Error> {
-        (tier(backend)?.best)()
+        let (name, way) = split_name(backend);
+        let device = (tier(name)?.best)()?;
+        match way {
+            Some(way) => device.with_tier(way),
+            None => Ok(device),
+        }
     }
 
-    /// The entry of [`BACKENDS`](Self::BACKENDS) with this name: checks a name without opening a
-    /// device.
+    /// The same device, on which every plan goes one way of those that [`Backend::tiers`] lists.
+    ///
+    /// # Errors
+    /// As [`Backend::with_tier`].
+    pub fn with_tier(&self, tier: &str) -> Result<Self, Error> {
+        Ok(Self(self.0.with_tier(tier)?))
+    }
+
+    /// The entry of [`BACKENDS`](Self::BACKENDS) with this name, without a tier that follows: checks a
+    /// name without opening a device.
     ///
     /// # Errors
     /// [`Error::Invalid`] when there is none; the text names those there are.
     pub fn backend_name(backend: &str) -> Result<&'static str, Error> {
-        Ok(tier(backend)?.name)
+        Ok(tier(split_name(backend).0)?.name)
     }
 
     /// Every device of every backend, and why others are not there: for listings and test suites.
@@ -244,6 +258,14 @@ fn every_adapter() -> Vec<Result<Device, Error>> {
     adapters.iter().map(open).collect()
 }
 
+/// A backend's name and the tier behind its colon.
+fn split_name(name: &str) -> (&str, Option<&str>) {
+    match name.split_once(':') {
+        Some((name, way)) => (name, Some(way)),
+        None => (name, None),
+    }
+}
+
 fn tier(backend: &str) -> Result<&'static Tier, Error> {
     let found = TIERS.iter().find(|tier| tier.name == backend);
     found.ok_or_else(|| {
@@ -281,6 +303,13 @@ mod tests {
             error.contains("\"wgqu\"") && error.contains("cpu"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_tier_follows_a_colon() {
+        assert_eq!(Device::backend_name("cpu:fast").unwrap(), "cpu");
+        let error = Device::open("cpu:fast").unwrap_err().to_string();
+        assert!(error.contains("\"fast\""), "{error}");
     }
 
     #[test]

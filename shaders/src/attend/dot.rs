@@ -2,8 +2,8 @@
 
 use super::{AttendKernel, AttendVariant};
 use crate::{
-    ABI, ATTEND, DOT, DType, HALF, KEY_TILE, Kernel, Native, PV_F16, PV_I8, Prelude, Pv, RowGroups,
-    STORE,
+    ABI, ATTEND, ATTENTION, DOT, DType, HALF, KEY_TILE, Kernel, Native, PV_F16, PV_I8, Prelude, Pv,
+    RowGroups, STORE,
 };
 
 /// Its tile: how many queries a workgroup takes and how much of a head it stages.
@@ -115,7 +115,7 @@ impl DotTile {
             Pv::F16 => PV_F16,
             Pv::I8 => PV_I8,
         };
-        prelude.compose(v.name(), &[ABI, HALF, STORE, DOT, pv, ATTEND])
+        prelude.compose(v.name(), &[ABI, HALF, STORE, ATTENTION, DOT, pv, ATTEND])
     }
 
     /// Variants that visit every value of every axis.

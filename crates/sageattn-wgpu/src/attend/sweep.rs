@@ -1,0 +1,254 @@
+//! A measurement: tiles of the matrix tier against each other, for right and for speed. Run by hand:
+//!
+//! ```text
+//! cargo test --release -p sageattn-wgpu --lib -- --ignored sweep --nocapture
+//! ```
+
+use std::time::{Duration, Instant};
+
+use sageattn_core::metrics::Metrics;
+use sageattn_core::reference::faithful;
+use sageattn_core::{
+    Align, Backend, Buffer, DType, Error, HostTensor, Io, Layout, Mask, Outputs, Problem, Recipe,
+    Shape, TensorView, attend_host,
+};
+use sageattn_shaders::{AttendKernel, MatrixTile};
+
+use crate::Wgpu;
+use crate::tier::Forced;
+
+/// Roughly normal numbers.
+fn noise(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    (0..count)
+        .map(|_| (0..6).map(|_| uniform()).sum::<f32>() * 1.414 - 4.242)
+        .collect()
+}
+
+/// Relative L1 from the oracle, and the largest error of LSE, on a small call with tails.
+fn error(gpu: &Wgpu, head_dim: usize, recipe: &Recipe, causal: bool) -> Result<(f64, f32), Error> {
+    let shape = Shape {
+        q_len: 170,
+        kv_len: 205,
+        ..Shape::mha(1, 1, 1, head_dim)
+    };
+    let mut problem = Problem::new(shape, DType::F16)?;
+    if causal {
+        problem = problem
+            .with_mask(Mask::Causal(Align::BottomRight))
+            .with_outputs(Outputs::OAndLse);
+    }
+    let tensor = |seed, len| {
+        let layout = Layout::hnd_padded([1, 1, len, head_dim], DType::F16);
+        // Scores that grow along the keys, so that maxima rise.
+        let mut values = noise(seed, len * head_dim);
+        for (row, values) in values.chunks_mut(head_dim).enumerate() {
+            values
+                .iter_mut()
+                .for_each(|x| *x *= 0.5 + row as f32 / 40.0);
+        }
+        HostTensor::from_f32(layout, DType::F16, &values)
+    };
+    let [q, k, v] = [tensor(1, 170)?, tensor(2, 205)?, tensor(3, 205)?];
+    let rounding = gpu.plan(&problem, recipe)?.describe().rounding;
+    let output = attend_host(gpu, &problem, recipe, [&q, &k, &v])?;
+    let [q, k, v] = [q.to_f32(), k.to_f32(), v.to_f32()];
+    let expected = faithful::attend(&problem, recipe, &rounding, [&q, &k, &v]);
+    let reference: Vec<f64> = expected.out.iter().map(|&x| f64::from(x)).collect();
+    let lse = expected.lse.unwrap_or_default();
+    let pairs = output.lse.iter().flatten().zip(&lse);
+    let lse = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    Ok((Metrics::compare(&output.out, &reference).rel_l1, lse))
+}
+
+/// Q, K, V and O of a large call.
+struct Tensors {
+    shape: Shape,
+    buffers: [Box<dyn Buffer>; 4],
+}
+
+impl Tensors {
+    fn new(gpu: &Wgpu, shape: Shape) -> Result<Self, Error> {
+        let bytes = (shape.q_heads * shape.q_len * shape.head_dim * 2) as u64;
+        let block: Vec<u8> = noise(7, 1 << 18)
+            .iter()
+            .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
+            .collect();
+        let [q, k, v, out] = [(); 4].map(|()| gpu.alloc(bytes));
+        let buffers = [q?, k?, v?, out?];
+        for buffer in &buffers[..3] {
+            for at in (0..bytes).step_by(block.len()) {
+                let left = usize::try_from(bytes - at).unwrap_or(usize::MAX);
+                gpu.upload(&**buffer, at, &block[..block.len().min(left)])?;
+            }
+        }
+        Ok(Self { shape, buffers })
+    }
+
+    /// Least times of the attention stage and of all stages, in TOPS by the device's clock.
+    fn time(&self, gpu: &Wgpu, recipe: &Recipe, causal: bool) -> Result<[f64; 2], Error> {
+        let mut problem = Problem::new(self.shape, DType::F16)?;
+        if causal {
+            problem = problem.with_mask(Mask::Causal(Align::BottomRight));
+        }
+        let plan = gpu.plan(&problem, recipe)?;
+        let workspace = gpu.alloc(plan.workspace_bytes())?;
+        let views = self.buffers.each_ref().map(|buffer| TensorView {
+            buffer: &**buffer,
+            layout: Layout::hnd(self.shape.q()),
+            dtype: DType::F16,
+        });
+        let [q, k, v, out] = views;
+        let io = Io::bind(&problem, q, k, v, out, None)?;
+        let start = Instant::now();
+        let mut times = Vec::new();
+        while start.elapsed() < Duration::from_millis(60) || times.len() < 3 {
+            let profile = plan.profile(&io, &*workspace)?;
+            let stages = profile.stages.iter();
+            let attend = stages.filter(|(stage, _)| *stage == "attend");
+            times.push((attend.map(|(_, time)| *time).sum(), profile.total()));
+        }
+        times.sort();
+        // The least: what else runs on the device only adds.
+        let (attend, all): (Duration, Duration) = times[0];
+        let Shape {
+            q_heads,
+            q_len,
+            head_dim,
+            ..
+        } = self.shape;
+        let ops =
+            4.0 * (q_heads * q_len * q_len * head_dim) as f64 * if causal { 0.5 } else { 1.0 };
+        Ok([attend, all].map(|time| ops / time.as_secs_f64() / 1e12))
+    }
+}
+
+/// A number from the environment.
+fn setting(name: &str, otherwise: f64) -> f64 {
+    let value = std::env::var(name).ok().and_then(|text| text.parse().ok());
+    value.unwrap_or(otherwise)
+}
+
+#[test]
+#[ignore = "a measurement, for a GPU with matrix cores"]
+fn sweep() {
+    let gpu = Wgpu::best().unwrap();
+    let facts = &gpu.context.facts;
+    println!("{:?}", gpu.context.info.name);
+    let start = Instant::now();
+    let late = || start.elapsed().as_secs_f64() > setting("SWEEP_SECONDS", 50.0);
+    let lanes = facts.subgroup[0];
+    let big = facts
+        .matrices
+        .iter()
+        .any(|m| m.m_size == 16 && m.k_size == 16);
+    let side = if big { 16 } else { 8 };
+    // Subgroups, matrices of rows, keys of a tile, matrices of keys at a time, ahead, rolled.
+    let tiles = |head_dim: usize| match head_dim {
+        65.. => [
+            (8, 1, 32, 2, true, false),
+            (8, 1, 32, 2, true, true),
+            (8, 1, 32, 2, false, true),
+            (4, 1, 32, 2, true, true),
+            (4, 2, 16, 1, false, true),
+            (4, 2, 32, 2, false, true),
+            (8, 2, 16, 1, false, true),
+            (8, 1, 16, 1, true, true),
+            (4, 1, 32, 2, false, true),
+        ],
+        _ => [
+            (8, 1, 32, 2, true, true),
+            (4, 2, 32, 2, true, true),
+            (8, 2, 16, 1, true, true),
+            (4, 2, 32, 2, false, true),
+            (4, 2, 16, 1, true, true),
+            (4, 1, 64, 4, true, true),
+            (8, 1, 16, 1, true, true),
+            (4, 1, 32, 2, true, true),
+            (8, 2, 16, 1, true, false),
+        ],
+    };
+    let dims = std::env::var("SWEEP_DIMS").unwrap_or_else(|_| "128,64".to_owned());
+    for head_dim in dims.split(',').filter_map(|dim| dim.parse().ok()) {
+        let len = setting("SWEEP_LEN", 8192.0);
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "small"
+        )]
+        let tensors = Tensors::new(&gpu, Shape::mha(1, 32, len as usize, head_dim)).unwrap();
+        let mut best: Option<(f64, MatrixTile)> = None;
+        // In rounds: other work on the device comes and goes.
+        let mut rows = Vec::new();
+        for (subgroups, row_mats, key_tile, key_step, ahead, rolled) in tiles(head_dim) {
+            let tile = MatrixTile {
+                side,
+                lanes,
+                subgroups,
+                row_mats: row_mats * lanes.max(16) / (2 * side),
+                key_tile: key_tile * side / 16,
+                key_step,
+                q_resident: true,
+                staged: true,
+                ahead,
+                rolled,
+                vector_items: facts.vector_items,
+                channels: crate::memory::index(head_dim as u64).next_multiple_of(16),
+            };
+            let room = tile.workgroup_bytes(false);
+            if room > facts.limits.max_compute_workgroup_storage_size {
+                continue;
+            }
+            let kernel = AttendKernel::Matrix(tile);
+            let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
+            let name = format!(
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} n{key_step} a{} r{} {room} bytes",
+                u8::from(ahead),
+                u8::from(rolled)
+            );
+            rows.push((name, tile, forced, String::new()));
+        }
+        for round in 0..4 {
+            for (_, tile, forced, line) in &mut rows {
+                if late() {
+                    break;
+                }
+                if round == 0 {
+                    let wrong = error(forced, head_dim, &Recipe::SAGE1_B, false);
+                    *line += &format!("{:.6?}", wrong.map(|(o, _)| o));
+                }
+                match tensors.time(forced, &Recipe::SAGE1_B, false) {
+                    Ok([tops, all]) => {
+                        *line += &format!(" {tops:.0} ({all:.0})");
+                        if best.is_none_or(|(best, _)| tops > best) {
+                            best = Some((tops, *tile));
+                        }
+                    }
+                    Err(error) => *line += &format!(" {error}"),
+                }
+            }
+        }
+        for (name, _, _, line) in &rows {
+            println!("{name}: {line}");
+        }
+        let Some((_, tile)) = best else {
+            println!("none is right");
+            continue;
+        };
+        let forced =
+            gpu.with(|context| context.forced = Some(Forced::Kernel(AttendKernel::Matrix(tile))));
+        println!(
+            "best {tile:?}: causal {:.1?}, {:.6?}; token {:.1?}, {:.6?}",
+            tensors.time(&forced, &Recipe::SAGE1_B, true),
+            error(&forced, head_dim, &Recipe::SAGE1_B, true),
+            tensors.time(&forced, &Recipe::SAGE1_T, false),
+            error(&forced, head_dim, &Recipe::SAGE1_T, true),
+        );
+    }
+}
