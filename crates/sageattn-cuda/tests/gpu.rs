@@ -382,6 +382,13 @@ fn two_threads(cuda: &Cuda) -> Result<(), Failed> {
             });
         }
     });
+
+    // Kernels that this thread has loaded, clusters among them, in a plan of a thread that has used no
+    // context yet.
+    let call = Call::new(Shape::mha(1, 16, 1500, 128), DType::F16);
+    let plan = || cuda.plan(&call.problem, &call.recipe).map(|_| ());
+    plan()?;
+    thread::scope(|scope| scope.spawn(plan).join().unwrap())?;
     Ok(())
 }
 
