@@ -307,7 +307,8 @@ fn main(
     workgroupBarrier();
 //# end
 //# if ROLLED
-    // KEY_TILE, as a number that compilers do not know: they unroll the loop otherwise.
+    // KEY_TILE, as a number that compilers do not know: else they unroll the loop eightfold, and
+    // workgroups at different places of so much code push each other out of the instruction cache.
     let step = min(params.kv_padded, KEY_TILE);
 //# else
     let step = KEY_TILE;

@@ -66,7 +66,7 @@ type TileShape = (u32, u32, u32);
 
 fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
     match (side, head_dim) {
-        (16, ..=64) => &[(8, 1, 32), (4, 1, 32), (4, 1, 16), (1, 1, 16)],
+        (16, ..=64) => &[(8, 2, 16), (4, 2, 16), (1, 2, 16), (1, 1, 16)],
         (16, _) => &[(8, 1, 32), (8, 1, 16), (4, 1, 16), (1, 1, 16)],
         _ => &[(4, 2, 16), (1, 2, 16), (1, 1, 8)],
     }
@@ -94,7 +94,6 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
         q_resident: true,
         staged: true,
         ahead: true,
-        rolled: true,
         vector_items: facts.vector_items,
         channels: head_dim.next_multiple_of(16),
     }
