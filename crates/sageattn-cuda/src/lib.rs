@@ -67,10 +67,6 @@ pub use crate::variant::{Attend, Half, HalfTile, Prepare, PrepareOnce, Variant, 
 
 const NAME: &str = "cuda";
 
-/// The ways to take a row's maximum, as tiers: [`Cuda::with_lazy_maximum`].
-const RUNNING: &str = "running";
-const LAZY: &str = "lazy";
-
 /// The compute capability that the kernels are written for.
 const CAPABILITY: (i32, i32) = (9, 0);
 
@@ -151,7 +147,7 @@ impl Cuda {
     /// Lets row maxima of `sage2-i8-f8` go stale until P is about to leave e4m3's range: softmax stays exact, P
     /// is rounded at another scale. That takes about a tenth off the attention kernel's time and adds 2 to 5 %
     /// to the recipe's error (`docs/results/h100.md`), which is then above the bound that the conformance suite
-    /// holds the recipe to on two of its four files. Off unless asked for; by name, it is the tier `lazy`.
+    /// holds the recipe to on two of its four files. Off unless asked for.
     #[must_use]
     pub fn with_lazy_maximum(mut self) -> Self {
         self.machine.lazy_maximum = true;
@@ -296,34 +292,6 @@ impl Backend for Cuda {
             Recipe::HALF => self.choose_half(problem).map(|_| ()),
             _ => self.choose(problem, recipe, self.machine).map(|_| ()),
         }
-    }
-
-    fn tiers(&self) -> Vec<&'static str> {
-        vec![RUNNING, LAZY]
-    }
-
-    fn with_tier(&self, tier: &str) -> Result<Arc<dyn Backend>, Error> {
-        let lazy_maximum = match tier {
-            RUNNING => false,
-            LAZY => true,
-            _ => {
-                let reason = format!("unknown name {tier:?}; there are {RUNNING}, {LAZY}");
-                return Err(Error::invalid("tier", reason));
-            }
-        };
-        Ok(Arc::new(Self {
-            stream: self.stream.clone(),
-            nvrtc: self.nvrtc.clone(),
-            cache: self.cache.clone(),
-            info: self.info.clone(),
-            machine: Machine {
-                lazy_maximum,
-                ..self.machine
-            },
-            prepare: Mutex::default(),
-            attend: Mutex::default(),
-            half: Mutex::default(),
-        }))
     }
 
     fn preferred(&self, problem: &Problem) -> Recipe {
