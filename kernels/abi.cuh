@@ -4,6 +4,7 @@
 // The codes are private to these kernels: whole tiles of 128 keys, each laid out as the tensor core reads it (tile/swizzle.cuh), so that a tile is
 // one contiguous copy. README.md gives every range's size and the address of a single code.
 #pragma once
+#include "ptx/tensor_copy.cuh"
 #include "ptx/types.cuh"
 
 /// Keys in one tile of codes, and in one step of the attention loop.
@@ -12,6 +13,8 @@ constexpr int TILE_KEYS = 128;
 constexpr int K_GROUPS = 4;
 /// Most pieces into which the keys of one head are cut for the sums of the first launch.
 constexpr int MAX_PIECES = 32;
+/// Channels of 16 bits that fill a swizzled row of shared memory: attn_half_sm90 copies tiles in boxes of as many.
+constexpr int BOX_CHANNELS = 64;
 
 /// Parameters of `kv_statistics`, `kv_encode` and `kv_prepare_sm90`.
 struct PrepareParams {
@@ -86,3 +89,35 @@ struct AttnParams {
     u32* next_work;
 };
 static_assert(sizeof(AttnParams) == 168, "AttnParams in src/abi.rs has the same size");
+
+/// Parameters of `attn_half_sm90`.
+struct HalfParams {
+    /// [batch, q_heads, q_len, head_dim] of IN_T in boxes of BOX_CHANNELS channels and 64 * CONSUMERS rows.
+    TensorMap q_map;
+    /// [batch, kv_heads, kv_len, head_dim] in boxes of BOX_CHANNELS channels and KEYS rows.
+    TensorMap k_map;
+    TensorMap v_map;
+    /// [batch, q_heads, q_len, head_dim], elements of IN_T.
+    void* o;
+    /// [batch, q_heads, q_len]; natural logarithm. Written only with LSE.
+    float* lse;
+    i64 o_stride[3];
+    /// With CAUSAL, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for bottom-right.
+    i64 diagonal;
+    /// batch * q_heads.
+    u32 heads;
+    u32 q_heads;
+    /// q_heads / kv_heads.
+    u32 q_heads_per_kv_head;
+    u32 q_len;
+    u32 kv_len;
+    u32 head_dim;
+    /// Blocks of query rows in one head: ceil(q_len / rows of a block).
+    u32 row_blocks;
+    /// heads * row_blocks; with CAUSAL heads * ceil(row_blocks / 2), two blocks of rows each.
+    u32 items;
+    /// Multiplies q . k before the softmax; any finite value.
+    float softmax_scale;
+    u32 reserved[11];
+};
+static_assert(sizeof(HalfParams) == 512, "HalfParams in src/abi.rs has the same size");

@@ -14,6 +14,7 @@
 //      sum, in f32. A few per cent more error, a tenth less time (docs/kernels/attn_i8_f8_sm90.md).
 #pragma once
 #include "attn/mask.cuh"
+#include "attn/quad.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 
@@ -54,18 +55,6 @@ struct RowState {
     /// This lane's share of the sum of P before rounding.
     float unrounded[2] = {0.f, 0.f};
 };
-
-/// Sum over the quad that shares the rows.
-DEVICE float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-/// Maximum over the quad that shares the rows.
-DEVICE float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
 
 /// The largest score of each row in this thread, masked columns apart. As integers where they are still there: that instruction takes three numbers.
 template <bool masked, class Score, int parts, int words>

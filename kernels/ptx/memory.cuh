@@ -52,6 +52,15 @@ DEVICE void load_shared_16_bytes(u32 (&word)[4], u32 from) {
                  : "memory");
 }
 
+/// Four 8 x 8 matrices of 16-bit elements, whose rows of 16 bytes lie where lanes 0 to 7, 8 to 15, .. say; each lane gets elements 2 (lane % 4) and
+/// the next of row lane / 4. PTX ISA 9.7.14.5.15, ldmatrix.
+DEVICE void load_matrices(u32 (&word)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(row)
+                 : "memory");
+}
+
 /// PTX ISA 9.7.9.8, ld.
 DEVICE void load_shared_8_bytes(float (&value)[2], u32 from) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "r"(from) : "memory");

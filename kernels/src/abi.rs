@@ -10,8 +10,10 @@ pub const TILE_KEYS: u32 = 128;
 pub const K_GROUPS: u32 = 4;
 /// Most pieces into which the keys of one head are cut for the sums of the first launch.
 pub const MAX_PIECES: u32 = 32;
-/// Query rows of one consumer warpgroup of `attn_i8_f8_sm90`.
+/// Query rows of one consumer warpgroup of an attention kernel.
 pub const WARPGROUP_ROWS: u32 = 64;
+/// Channels of 16 bits that fill a swizzled row of shared memory: `attn_half_sm90` copies tiles in boxes of as many.
+pub const BOX_CHANNELS: u32 = 64;
 
 /// Parameters of `kv_statistics`, `kv_encode` and `kv_prepare_sm90`.
 #[repr(C)]
@@ -115,4 +117,54 @@ pub struct AttnParams {
 const _: () = assert!(
     size_of::<AttnParams>() == 168,
     "AttnParams in abi.cuh has the same size"
+);
+
+/// A tensor as the driver encodes it for the copy engine: address, extents, strides, box, swizzle.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct TensorMap(pub [u64; 16]);
+
+/// Parameters of `attn_half_sm90`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct HalfParams {
+    /// `[batch, q_heads, q_len, head_dim]` of `IN_T` in boxes of [`BOX_CHANNELS`] channels and
+    /// 64 * `CONSUMERS` rows.
+    pub q_map: TensorMap,
+    /// `[batch, kv_heads, kv_len, head_dim]` in boxes of [`BOX_CHANNELS`] channels and `KEYS` rows.
+    pub k_map: TensorMap,
+    /// As `k_map`.
+    pub v_map: TensorMap,
+    /// `[batch, q_heads, q_len, head_dim]`, elements of `IN_T`.
+    pub o: u64,
+    /// `[batch, q_heads, q_len]` f32, natural logarithm. Written only with `LSE`.
+    pub lse: u64,
+    /// Elements from one batch, head, row of O to the next.
+    pub o_stride: [i64; 3],
+    /// With `CAUSAL`, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for bottom-right.
+    pub diagonal: i64,
+    /// batch * q_heads.
+    pub heads: u32,
+    /// Heads of Q and O.
+    pub q_heads: u32,
+    /// `q_heads / kv_heads`.
+    pub q_heads_per_kv_head: u32,
+    /// Queries in one head.
+    pub q_len: u32,
+    /// Keys in one head.
+    pub kv_len: u32,
+    /// Of the caller's tensors, at most `HEAD_DIM`.
+    pub head_dim: u32,
+    /// Blocks of query rows in one head: ceil(q_len / (64 * `CONSUMERS`)).
+    pub row_blocks: u32,
+    /// heads * row_blocks; with `CAUSAL` heads * ceil(row_blocks / 2), of two blocks of rows each.
+    pub items: u32,
+    /// Multiplies q . k before the softmax; any finite value.
+    pub softmax_scale: f32,
+    /// 0.
+    pub reserved: [u32; 11],
+}
+const _: () = assert!(
+    size_of::<HalfParams>() == 512,
+    "HalfParams in abi.cuh has the same size"
 );

@@ -39,3 +39,12 @@ DEVICE constexpr int slice_offset(int slice) {
     constexpr int panel = PANEL_WIDTH<width>;
     return slice * 32 / panel * rows * panel + slice * 32 % panel;
 }
+
+/// The same for 16-bit operands that lie with their other dimension along the rows ("MN-major"): B = V, rows of channels, one row a key. Panels of
+/// 64 channels follow each other; adding bytes / 16 of whole rows moves the first key.
+template <int rows>
+DEVICE u64 transposed_descriptor(u32 address) {
+    constexpr u64 eight_rows = 8 * 128, panel = rows * 128;
+    static_assert(panel >> 4 < 1 << 14, "the field has 14 bits");
+    return u64{1} << 62 | (eight_rows >> 4) << 32 | (panel >> 4) << 16 | u64{(address & 0x3ffff) >> 4};
+}

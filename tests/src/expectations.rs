@@ -3,7 +3,7 @@
 
 use serde::Deserialize;
 
-use sageattn_core::Recipe;
+use sageattn_core::{DType, Recipe};
 
 /// `expectations.toml`, embedded.
 #[derive(Clone, Debug, Deserialize)]
@@ -11,6 +11,9 @@ use sageattn_core::Recipe;
 pub struct Expectations {
     /// One per backend.
     backend: Vec<Claims>,
+    /// What claimed recipes do not cover.
+    #[serde(default)]
+    refusal: Vec<KnownRefusal>,
     /// Failures that are known.
     #[serde(default)]
     known_failure: Vec<KnownFailure>,
@@ -26,6 +29,21 @@ pub struct Claims {
     pub recipes: Vec<String>,
     /// The least number of trials that must have run when none are filtered out.
     pub at_least: usize,
+}
+
+/// An element type for which a backend refuses a recipe that it claims. A trial of it that is not refused
+/// fails.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KnownRefusal {
+    /// The backend.
+    pub backend: String,
+    /// The recipe's name.
+    pub recipe: String,
+    /// The element type's name.
+    pub dtype: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// A trial that fails for a known reason. It still runs, and fails the suite when it passes.
@@ -59,11 +77,22 @@ impl Expectations {
     /// What is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let parsed: Self = toml::from_str(text).map_err(|e| format!("expectations: {e}"))?;
-        for claims in &parsed.backend {
-            for recipe in &claims.recipes {
-                recipe
-                    .parse::<Recipe>()
-                    .map_err(|e| format!("expectations: {}: {e}", claims.name))?;
+        let claimed = parsed.backend.iter().flat_map(|claims| {
+            let recipes = claims.recipes.iter();
+            recipes.map(|recipe| (&claims.name, recipe))
+        });
+        let refused = parsed.refusal.iter().map(|r| (&r.backend, &r.recipe));
+        for (backend, recipe) in claimed.chain(refused) {
+            recipe
+                .parse::<Recipe>()
+                .map_err(|e| format!("expectations: {backend}: {e}"))?;
+        }
+        for refusal in &parsed.refusal {
+            if DType::ALL.iter().all(|dtype| dtype.name() != refusal.dtype) {
+                let KnownRefusal { backend, dtype, .. } = refusal;
+                return Err(format!(
+                    "expectations: {backend}: no element type {dtype:?}"
+                ));
             }
         }
         Ok(parsed)
@@ -76,6 +105,15 @@ impl Expectations {
             name: backend.to_owned(),
             recipes: Recipe::NAMED.map(|(name, _)| name.to_owned()).to_vec(),
             at_least: 1,
+        })
+    }
+
+    /// The known refusal that covers a trial.
+    pub fn refusal(&self, backend: &str, recipe: &Recipe, dtype: DType) -> Option<&KnownRefusal> {
+        self.refusal.iter().find(|known| {
+            known.backend == backend
+                && recipe.name() == Some(&known.recipe)
+                && known.dtype == dtype.name()
         })
     }
 
@@ -140,6 +178,33 @@ mod tests {
         assert!(parsed.claims("wgpu").recipe(&Recipe::SAGE1_B));
         assert!(!parsed.claims("wgpu").recipe(&Recipe::SAGE1_T));
         assert!(parsed.claims("another").recipe(&Recipe::SAGE1_T));
+    }
+
+    #[test]
+    fn a_refusal_covers_a_type_of_a_recipe() {
+        let text = |dtype| {
+            format!(
+                r#"
+                [[backend]]
+                name = "cuda"
+                recipes = ["half"]
+                at_least = 3
+                [[refusal]]
+                backend = "cuda"
+                recipe = "half"
+                dtype = "{dtype}"
+                reason = "because"
+                "#
+            )
+        };
+        let parsed = Expectations::parse(&text("f32")).unwrap();
+        let covered = |backend, recipe, dtype| parsed.refusal(backend, &recipe, dtype).is_some();
+        assert!(covered("cuda", Recipe::HALF, DType::F32));
+        assert!(!covered("cuda", Recipe::HALF, DType::F16));
+        assert!(!covered("cuda", Recipe::EXACT, DType::F32));
+        assert!(!covered("wgpu", Recipe::HALF, DType::F32));
+        let error = Expectations::parse(&text("f64")).unwrap_err();
+        assert!(error.contains("f64"), "{error}");
     }
 
     #[test]

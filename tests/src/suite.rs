@@ -149,7 +149,13 @@ impl Suite {
                 Some(Err(error)) => Err(Failure::Wrong(format!("the case itself: {error}"))),
                 None => Err(Failure::Wrong("the case was not prepared".to_owned())),
             };
+            let gap = expectations.refusal(&backend, &recipe, case.dtype);
             match (result, known) {
+                (Ok(_), None) if let Some(gap) = gap => {
+                    let text =
+                        format!("runs, but expectations.toml has it refused: {}", gap.reason);
+                    Err(failed(&tally, &label, &text))
+                }
                 (Ok(report), None) => {
                     tally.measured(&label, &case, &recipe_name, &report);
                     passed(&tally, &label)
@@ -163,7 +169,7 @@ impl Suite {
                     Ok(ignored(&tally, &label, &reason))
                 }
                 (Err(Failure::Unsupported(refusal)), None)
-                    if !expectations.claims(&backend).recipe(&recipe) =>
+                    if gap.is_some() || !expectations.claims(&backend).recipe(&recipe) =>
                 {
                     Ok(ignored(&tally, &label, &refusal.missing.join("; ")))
                 }

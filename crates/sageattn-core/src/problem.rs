@@ -239,7 +239,7 @@ impl Problem {
             .visible_keys(row, self.shape.q_len, self.shape.kv_len)
     }
 
-    /// Query-key pairs that the mask leaves, over all batches and heads.
+    /// Query-key pairs that the mask leaves, over all batches and heads; `u64::MAX` where they are more.
     pub fn visible_pairs(&self) -> u64 {
         let (q, k) = (self.shape.q_len as u64, self.shape.kv_len as u64);
         let per_head = match self.mask {
@@ -259,13 +259,13 @@ impl Problem {
                 growing * (2 * first + growing - 1) / 2 + (rows - growing) * k
             }
         };
-        (self.shape.batch * self.shape.q_heads) as u64 * per_head
+        per_head.saturating_mul((self.shape.batch * self.shape.q_heads) as u64)
     }
 
     /// Floating-point (or integer) operations of the two matrix products: `4 * head_dim` per visible
-    /// query-key pair, the convention of the attention literature.
+    /// query-key pair, the convention of the attention literature; `u64::MAX` where it is more.
     pub fn flops(&self) -> u64 {
-        4 * self.shape.head_dim as u64 * self.visible_pairs()
+        (4 * self.shape.head_dim as u64).saturating_mul(self.visible_pairs())
     }
 }
 

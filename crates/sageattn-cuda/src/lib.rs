@@ -19,8 +19,8 @@
 //! is re-exported; its version is part of this crate's interface.
 //!
 //! # Plans on CUDA
-//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues two or three
-//!   kernels and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
+//! - [`Plan::run`] makes the stream's context current for the calling thread, enqueues one kernel
+//!   (`half`), two or three and returns. It can be captured in a CUDA graph; the graph needs plan, tensors and workspace for
 //!   as long as it is launched.
 //! - A plan belongs to the stream that it was made on, and its kernels run in that stream's order.
 //!   Different plans, each with its own workspace, may run at the same time on different streams,
@@ -32,12 +32,15 @@
 //! | `SAGEATTN_NVRTC` | the NVRTC library to use, a path |
 //! | `SAGEATTN_CACHE` | the folder for compiled kernels; empty for none |
 
+mod attend_half;
 mod attend_sm90;
 mod buffer;
 pub mod compile;
 mod launch;
 mod plan;
+mod preferred;
 mod quantize;
+mod tensor_map;
 mod variant;
 
 use std::collections::HashMap;
@@ -49,16 +52,18 @@ use bytemuck::Zeroable;
 pub use cudarc;
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use sageattn_core::scratch::Scratch;
 use sageattn_core::{
     Backend, Buffer, DeviceInfo, DeviceKind, Error, Plan, Problem, Recipe, Unsupported,
 };
-use sageattn_kernels::abi::{AttnParams, PrepareParams};
+use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 
 use crate::compile::{Cache, Nvrtc};
 use crate::launch::{Kernel, Params};
+use crate::plan::half::{self, HalfChoice};
 pub use crate::plan::variants;
-use crate::plan::{Choice, CudaPlan, Machine, Preparation, Prepared};
-pub use crate::variant::{Attend, Prepare, PrepareOnce, Variant, WIDTHS};
+use crate::plan::{Choice, CudaPlan, Machine, Preparation, Prepared, Stages};
+pub use crate::variant::{Attend, Half, HalfTile, Prepare, PrepareOnce, Variant, WIDTHS};
 
 const NAME: &str = "cuda";
 
@@ -84,6 +89,7 @@ pub struct Cuda {
     machine: Machine,
     prepare: Loaded<PrepareParams>,
     attend: Loaded<AttnParams>,
+    half: Loaded<HalfParams>,
 }
 
 /// Kernels in use on this device.
@@ -133,14 +139,15 @@ impl Cuda {
             },
             prepare: Mutex::default(),
             attend: Mutex::default(),
+            half: Mutex::default(),
             stream,
         })
     }
 
-    /// Lets row maxima go stale until P is about to leave e4m3's range: softmax stays exact, P is
-    /// rounded at another scale. On an H200 that takes 13 to 21 % off the attention kernel's time and adds 2
-    /// to 5 % to the recipe's error (`docs/results/h200.md`), which is then above the bound that the
-    /// conformance suite holds the recipe to on two of its four files. Off unless asked for.
+    /// Lets row maxima of `sage2-i8-f8` go stale until P is about to leave e4m3's range: softmax stays exact, P
+    /// is rounded at another scale. That takes about a tenth off the attention kernel's time and adds 2 to 5 %
+    /// to the recipe's error (`docs/results/h100.md`), which is then above the bound that the conformance suite
+    /// holds the recipe to on two of its four files. Off unless asked for.
     #[must_use]
     pub fn with_lazy_maximum(mut self) -> Self {
         self.machine.lazy_maximum = true;
@@ -194,10 +201,18 @@ impl Cuda {
         recipe: &Recipe,
         machine: Machine,
     ) -> Result<Choice, Unsupported> {
-        plan::choose(problem, recipe, machine).map_err(|missing| Unsupported {
+        plan::choose(problem, recipe, machine).map_err(|missing| self.refusal(missing))
+    }
+
+    fn choose_half(&self, problem: &Problem) -> Result<HalfChoice, Unsupported> {
+        half::choose(problem, self.machine.multiprocessors).map_err(|missing| self.refusal(missing))
+    }
+
+    fn refusal(&self, missing: Vec<String>) -> Unsupported {
+        Unsupported {
             backend: format!("{NAME} ({})", self.info.name),
             missing,
-        })
+        }
     }
 
     /// Chooses, and loads the kernels that prepare K and V. Where this device, perhaps a part of one,
@@ -273,31 +288,43 @@ impl Backend for Cuda {
     }
 
     fn supports(&self, problem: &Problem, recipe: &Recipe) -> Result<(), Unsupported> {
-        self.choose(problem, recipe, self.machine).map(|_| ())
+        match *recipe {
+            Recipe::HALF => self.choose_half(problem).map(|_| ()),
+            _ => self.choose(problem, recipe, self.machine).map(|_| ()),
+        }
     }
 
-    fn preferred(&self, _: &Problem) -> Recipe {
-        Recipe::SAGE2_I8_F8
+    fn preferred(&self, problem: &Problem) -> Recipe {
+        preferred::preferred(problem)
     }
 
     fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {
-        let (choice, prepared) = self.prepared(problem, recipe)?;
-        let (scratch, ranges) = choice.scratch();
+        let (scratch, stages) = if *recipe == Recipe::HALF {
+            let choice = self.choose_half(problem)?;
+            let shared = attend_half::shared_bytes(&choice.variant);
+            let attend = self.kernel(&self.half, Variant::Half(choice.variant), shared)?;
+            (Scratch::default(), Stages::Half { choice, attend })
+        } else {
+            let (choice, prepared) = self.prepared(problem, recipe)?;
+            let (scratch, ranges) = choice.scratch();
+            let shared = attend_sm90::shared_bytes(&choice.attend);
+            let attend = self.kernel(&self.attend, Variant::Attend(choice.attend), shared)?;
+            let stages = Stages::Quantized {
+                choice,
+                ranges,
+                prepared,
+                attend,
+            };
+            (scratch, stages)
+        };
         let plan = CudaPlan {
             stream: self.stream.clone(),
             problem: *problem,
             recipe: *recipe,
-            choice,
             scratch,
-            ranges,
-            prepared,
-            attend: self.kernel(
-                &self.attend,
-                Variant::Attend(choice.attend),
-                attend_sm90::shared_bytes(&choice.attend),
-            )?,
+            stages,
         };
-        tracing::debug!(plan = %plan.describe(), ?choice, "planned");
+        tracing::debug!(plan = %plan.describe(), stages = ?plan.stages, "planned");
         Ok(Box::new(plan))
     }
 

@@ -1,26 +1,18 @@
-//! Which kernels, with which tiles, over which scratch; and the plan that runs them.
+//! Which kernels, with which tiles, over which scratch.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use cudarc::driver::{CudaEvent, CudaStream, sys};
 use sageattn_core::scratch::{Scratch, ScratchType};
-use sageattn_core::{
-    Align, Buffer, Clock, DType, Description, Error, Io, Mask, Outputs, Plan, Problem, Profile,
-    Recipe, Smooth,
-};
-use sageattn_kernels::abi::{AttnParams, K_GROUPS, PrepareParams, TILE_KEYS, WARPGROUP_ROWS};
+use sageattn_core::{Align, DType, Mask, Outputs, Problem, Recipe, Smooth};
+use sageattn_kernels::abi::{K_GROUPS, TILE_KEYS, WARPGROUP_ROWS};
 
-use crate::attend_sm90;
-use crate::buffer::{Tensor, in_context};
-use crate::launch::Kernel;
-use crate::quantize;
-use crate::variant::{Attend, Prepare, PrepareOnce, Variant, WIDTHS};
+use crate::variant::{Attend, Prepare, Variant, WIDTHS};
 
+pub(crate) mod half;
 mod prepare;
+mod run;
 
 pub(crate) use self::prepare::Preparation;
 use self::prepare::{once, preparation};
+pub(crate) use self::run::{CudaPlan, Prepared, Stages};
 
 /// Blocks of one launch that CUDA allows in the x dimension.
 const MAX_GRID: u64 = (1 << 31) - 1;
@@ -80,25 +72,14 @@ pub(crate) fn choose(
     let shape = problem.shape();
     let mut missing = Vec::new();
     if recipe.with_smooth(Smooth::Mean) != Recipe::SAGE2_I8_F8 {
-        missing.push(format!("recipe {recipe}: this version has sage2-i8-f8"));
+        missing.push(format!(
+            "recipe {recipe}: this version has sage2-i8-f8 and half"
+        ));
     }
-    let (causal, diagonal) = match problem.mask() {
-        Mask::None => (false, 0),
-        Mask::Causal(Align::TopLeft) => (true, 0),
-        Mask::Causal(Align::BottomRight) => {
-            let distance = shape.kv_len.cast_signed() - shape.q_len.cast_signed();
-            (true, distance as i64)
-        }
-        mask => {
-            missing.push(format!("mask {mask:?}"));
-            (false, 0)
-        }
-    };
+    let (causal, diagonal) = diagonal(problem, &mut missing);
 
     let head_dim = small(shape.head_dim);
-    // Zero channels cost time but change nothing; head_dim is at most the largest width.
-    let width = WIDTHS.into_iter().find(|&width| head_dim <= width);
-    let width = width.unwrap_or(WIDTHS[WIDTHS.len() - 1]);
+    let width = width(shape.head_dim);
     let cut = !head_dim.is_multiple_of(OCTET);
     let (consumers, stages) = tile(width, small(shape.q_len), causal);
 
@@ -161,6 +142,30 @@ pub(crate) fn choose(
         diagonal,
         overlap: machine.overlap,
     })
+}
+
+/// Whether the mask is causal, and the last key that row 0 sees.
+fn diagonal(problem: &Problem, missing: &mut Vec<String>) -> (bool, i64) {
+    let shape = problem.shape();
+    match problem.mask() {
+        Mask::None => (false, 0),
+        Mask::Causal(Align::TopLeft) => (true, 0),
+        Mask::Causal(Align::BottomRight) => {
+            let distance = shape.kv_len.cast_signed() - shape.q_len.cast_signed();
+            (true, distance as i64)
+        }
+        mask => {
+            missing.push(format!("mask {mask:?}"));
+            (false, 0)
+        }
+    }
+}
+
+/// The head dimension that kernels have: zero channels cost time but change nothing.
+pub(crate) fn width(head_dim: usize) -> u32 {
+    let width = WIDTHS.into_iter().find(|&width| head_dim <= width as usize);
+    // head_dim is at most the largest.
+    width.unwrap_or(WIDTHS[WIDTHS.len() - 1])
 }
 
 /// Consumer warpgroups and stages of the attention kernel. A block has the multiprocessor's 64 Ki
@@ -230,6 +235,7 @@ pub fn variants() -> Vec<Variant> {
             }
         }
     }
+    variants.extend(half::variants());
     variants
 }
 
@@ -276,138 +282,6 @@ impl Choice {
         }
         ranges.next_work = scratch.push("next_work", ScratchType::Bytes, &[4]).offset;
         (scratch, ranges)
-    }
-}
-
-/// The loaded kernels of a [`Preparation`].
-#[derive(Debug)]
-pub(crate) enum Prepared {
-    Twice {
-        variant: Prepare,
-        statistics: Arc<Kernel<PrepareParams>>,
-        encode: Arc<Kernel<PrepareParams>>,
-    },
-    Once {
-        variant: PrepareOnce,
-        clusters: u32,
-        kernel: Arc<Kernel<PrepareParams>>,
-    },
-}
-
-/// Loaded kernels for one problem, on one stream.
-#[derive(Debug)]
-pub(crate) struct CudaPlan {
-    pub(crate) stream: Arc<CudaStream>,
-    pub(crate) problem: Problem,
-    pub(crate) recipe: Recipe,
-    pub(crate) choice: Choice,
-    pub(crate) scratch: Scratch,
-    pub(crate) ranges: Ranges,
-    pub(crate) prepared: Prepared,
-    pub(crate) attend: Arc<Kernel<AttnParams>>,
-}
-
-impl CudaPlan {
-    /// The stages in order; `after` is called after each.
-    fn enqueue(
-        &self,
-        io: &Io<'_>,
-        workspace: &dyn Buffer,
-        mut after: impl FnMut(&'static str) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        io.check_run(&self.problem, workspace, self.workspace_bytes())?;
-        let context = self.stream.context();
-        let q = Tensor::resolve(context, "q", io.q())?;
-        let k = Tensor::resolve(context, "k", io.k())?;
-        let v = Tensor::resolve(context, "v", io.v())?;
-        let o = Tensor::resolve(context, "out", io.out())?;
-        let scratch = in_context(context, "workspace", workspace)?.address();
-        let lse = match io.lse() {
-            None => None,
-            Some(lse) => {
-                Some(in_context(context, "lse", lse.buffer)?.address() + 4 * lse.offset as u64)
-            }
-        };
-        context
-            .bind_to_thread()
-            .map_err(|error| Error::device("making the context current", error))?;
-
-        let (choice, ranges) = (&self.choice, &self.ranges);
-        let (stream, prepare) = (
-            &self.stream,
-            quantize::params(choice, ranges, scratch, k, v),
-        );
-        match &self.prepared {
-            Prepared::Twice {
-                variant,
-                statistics,
-                encode,
-            } => {
-                statistics.enqueue(stream, &quantize::statistics(choice, prepare))?;
-                after("statistics")?;
-                encode.enqueue(stream, &quantize::encode(choice, variant, prepare))?;
-                after("encode")?;
-            }
-            Prepared::Once {
-                variant,
-                clusters,
-                kernel,
-            } => {
-                kernel.enqueue(stream, &quantize::once(choice, variant, *clusters, prepare))?;
-                after("prepare")?;
-            }
-        }
-        let attend = attend_sm90::attend(choice, ranges, scratch, q, o, lse);
-        self.attend.enqueue(&self.stream, &attend)?;
-        after("attend")
-    }
-
-    fn record(&self) -> Result<CudaEvent, Error> {
-        let timed = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        self.stream
-            .record_event(Some(timed))
-            .map_err(|error| Error::device("recording an event", error))
-    }
-}
-
-impl Plan for CudaPlan {
-    fn describe(&self) -> Description {
-        Description {
-            variant: Variant::Attend(self.choice.attend).name(),
-            recipe: self.recipe,
-            rounding: attend_sm90::rounding(&self.choice.attend),
-            scratch: self.scratch.ranges().to_vec(),
-        }
-    }
-
-    fn workspace_bytes(&self) -> u64 {
-        self.scratch.bytes()
-    }
-
-    fn run(&self, io: &Io<'_>, workspace: &dyn Buffer) -> Result<(), Error> {
-        self.enqueue(io, workspace, |_| Ok(()))
-    }
-
-    fn profile(&self, io: &Io<'_>, workspace: &dyn Buffer) -> Result<Profile, Error> {
-        let mut marks = vec![("start", self.record()?)];
-        self.enqueue(io, workspace, |stage| {
-            marks.push((stage, self.record()?));
-            Ok(())
-        })?;
-        let failed = |error| Error::device("timing a run", error);
-        self.stream.synchronize().map_err(failed)?;
-        let mut stages = Vec::new();
-        for pair in marks.windows(2) {
-            let [(_, start), (stage, end)] = pair else {
-                continue;
-            };
-            let time = start.elapsed_ms(end).map_err(failed)?;
-            stages.push((*stage, Duration::from_secs_f32(time.max(0.0) / 1e3)));
-        }
-        Ok(Profile {
-            stages,
-            clock: Clock::Device,
-        })
     }
 }
 

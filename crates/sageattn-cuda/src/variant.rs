@@ -3,10 +3,12 @@
 
 use sageattn_core::{DType, Reference};
 use sageattn_kernels::SOURCES;
-use sageattn_kernels::abi::{AttnParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS};
+use sageattn_kernels::abi::{
+    AttnParams, BOX_CHANNELS, HalfParams, K_GROUPS, MAX_PIECES, PrepareParams, TILE_KEYS,
+};
 
 use crate::launch::Params;
-use crate::{attend_sm90, quantize};
+use crate::{attend_half, attend_sm90, quantize};
 
 /// One kernel with its constants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,6 +21,8 @@ pub enum Variant {
     PrepareOnce(PrepareOnce),
     /// Attention over the codes: `sm90/attn_i8_f8.cu`.
     Attend(Attend),
+    /// Attention on the 16-bit tensors as they are: `sm90/attn_half.cu`.
+    Half(Half),
 }
 
 /// The constants of the two kernels that quantize K and V.
@@ -70,6 +74,38 @@ pub struct Attend {
     pub stages: u32,
 }
 
+/// The constants of the attention kernel that does not quantize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Half {
+    /// Channels of a row in shared memory: the problem's head dimension, padded.
+    pub width: u32,
+    /// The tensors' element type, of 16 bits.
+    pub dtype: DType,
+    /// Whether rows see keys up to a diagonal only.
+    pub causal: bool,
+    /// Whether LSE is written.
+    pub lse: bool,
+    /// Whether the head dimension is no multiple of eight.
+    pub cut: bool,
+    /// How a block is cut.
+    pub tile: HalfTile,
+}
+
+/// Rows, keys and stages of a block of the attention kernel that does not quantize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HalfTile {
+    /// Warpgroups that multiply, 64 rows of Q each.
+    pub consumers: u32,
+    /// Keys of a tile.
+    pub keys: u32,
+    /// Blocks of rows of Q that shared memory holds.
+    pub q_slots: u32,
+    /// Tiles of K that shared memory holds.
+    pub k_stages: u32,
+    /// Tiles of V that shared memory holds.
+    pub v_stages: u32,
+}
+
 /// Head dimensions that the kernels have; others are padded to the next.
 pub const WIDTHS: [u32; 3] = [64, 128, 256];
 
@@ -81,6 +117,7 @@ impl Variant {
             Self::Encode(prepare) => format!("kv_encode_{}", prepare.suffix()),
             Self::PrepareOnce(once) => format!("kv_prepare_sm90_{}", once.suffix()),
             Self::Attend(attend) => format!("attn_i8_f8_sm90_{}", attend.suffix()),
+            Self::Half(half) => format!("attn_half_sm90_{}", half.suffix()),
         }
     }
 
@@ -91,6 +128,7 @@ impl Variant {
             Self::Encode(_) => "quant/kv_encode.cu",
             Self::PrepareOnce(_) => "sm90/kv_prepare.cu",
             Self::Attend(_) => "sm90/attn_i8_f8.cu",
+            Self::Half(_) => "sm90/attn_half.cu",
         }
     }
 
@@ -101,6 +139,7 @@ impl Variant {
             Self::Encode(_) => "kv_encode",
             Self::PrepareOnce(_) => "kv_prepare_sm90",
             Self::Attend(_) => "attn_i8_f8_sm90",
+            Self::Half(_) => "attn_half_sm90",
         }
     }
 
@@ -131,6 +170,18 @@ impl Variant {
                 ("RUNNING_MAX", u8::from(attend.running_max).to_string()),
                 ("CONSUMERS", attend.consumers.to_string()),
                 ("STAGES", attend.stages.to_string()),
+            ],
+            Self::Half(half) => vec![
+                ("HEAD_DIM", half.width.to_string()),
+                ("IN_T", type_name(half.dtype).to_owned()),
+                ("CAUSAL", u8::from(half.causal).to_string()),
+                ("LSE", u8::from(half.lse).to_string()),
+                ("CUT_OCTET", u8::from(half.cut).to_string()),
+                ("CONSUMERS", half.tile.consumers.to_string()),
+                ("KEYS", half.tile.keys.to_string()),
+                ("Q_SLOTS", half.tile.q_slots.to_string()),
+                ("K_STAGES", half.tile.k_stages.to_string()),
+                ("V_STAGES", half.tile.v_stages.to_string()),
             ],
         }
     }
@@ -180,6 +231,12 @@ impl Variant {
                 AttnParams::FIELDS,
                 attend_sm90::threads(attend),
             ),
+            Self::Half(half) => (
+                "HalfParams",
+                size_of::<HalfParams>(),
+                HalfParams::FIELDS,
+                attend_half::threads(half),
+            ),
         };
         let mut facts = vec![
             ("THREADS".to_owned(), threads.to_string()),
@@ -195,6 +252,7 @@ impl Variant {
                 ("TILE_KEYS", TILE_KEYS),
                 ("K_GROUPS", K_GROUPS),
                 ("MAX_PIECES", MAX_PIECES),
+                ("BOX_CHANNELS", BOX_CHANNELS),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_string())),
         );
@@ -209,6 +267,10 @@ impl Variant {
                 facts.push(("P_START_LOG2".to_owned(), format!("{start:?}f")));
                 facts.push(("SAFE_SUM".to_owned(), format!("{limit:?}f")));
             }
+        }
+        if let Self::Half(half) = self {
+            let shared = attend_half::shared_bytes(half);
+            facts.push(("SHARED_BYTES".to_owned(), shared.to_string()));
         }
         facts
     }
@@ -254,6 +316,27 @@ impl Attend {
             suffix.push_str("_max");
         }
         suffix.push_str(&format!("_c{}s{}", self.consumers, self.stages));
+        suffix
+    }
+}
+
+impl Half {
+    fn suffix(&self) -> String {
+        let mut suffix = format!("d{}_{}", self.width, self.dtype);
+        if self.causal {
+            suffix.push_str("_causal");
+        }
+        if self.lse {
+            suffix.push_str("_lse");
+        }
+        if self.cut {
+            suffix.push_str("_cut");
+        }
+        let tile = &self.tile;
+        suffix.push_str(&format!(
+            "_c{}n{}s{}{}{}",
+            tile.consumers, tile.keys, tile.q_slots, tile.k_stages, tile.v_stages
+        ));
         suffix
     }
 }

@@ -100,6 +100,8 @@ fn spills_allowed(variant: &Variant) -> u32 {
         // is checked in the machine code. At width 64, S and P V's partial sums lie apart.
         Variant::Attend(attend) if attend.width == 64 => 304,
         Variant::Attend(_) => 256,
+        // The producers have 24 registers; the consumers' code is checked for what they keep.
+        Variant::Half(_) => 64,
         // Eight loads in flight, each with the bounds of its cut octet.
         Variant::Statistics(prepare) if prepare.cut => 32,
         Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => 0,
@@ -116,6 +118,21 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
                 if count(name) == 0 {
                     return Err(format!("no {name} in the machine code"));
                 }
+            }
+        }
+        Variant::Half(half) => {
+            // 16-bit products on the tensor cores, V read across its rows, boxes by the copy engine.
+            for name in ["HGMMA", "tnspB", "UTMALDG"] {
+                if count(name) == 0 {
+                    return Err(format!("no {name} in the machine code"));
+                }
+            }
+            let beside = exponentials_beside_pv(sass);
+            if beside.is_none_or(|count| count < half.tile.keys as usize / 2) {
+                return Err(format!(
+                    "{beside:?} of {} exponentials a thread run beside P V",
+                    half.tile.keys / 2
+                ));
             }
         }
         Variant::PrepareOnce(_) => {
@@ -141,6 +158,7 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
     // under a mask keeps three values more alive than there are registers.
     let allowed = match variant {
         Variant::Attend(attend) if attend.running_max && attend.causal => 6,
+        Variant::Half(_) => 0,
         _ => 4,
     };
     let (mut multiplies, mut local) = (0, 0);
@@ -156,6 +174,20 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Exponentials between the wait for the scores, with P V in flight, and the wait for P V.
+fn exponentials_beside_pv(sass: &str) -> Option<usize> {
+    let lines: Vec<&str> = sass.lines().collect();
+    let waits = |from: usize, pending: &str| {
+        let wait = format!("DEPBAR.LE gsb0, {pending}");
+        let found = lines[from..].iter().position(|line| line.contains(&wait));
+        found.map(|at| from + at)
+    };
+    let start = waits(0, "0x1")?;
+    let end = waits(start, "0x0")?;
+    let between = lines[start..end].iter();
+    Some(between.filter(|line| line.contains("MUFU.EX2")).count())
 }
 
 /// `nvdisasm` of the toolkit or wheel that NVRTC came from, or of the path.
@@ -198,7 +230,7 @@ fn names_are_distinct(_: &Nvrtc) -> Result<(), Failed> {
 fn a_broken_kernel_gives_its_log(nvrtc: &Nvrtc) -> Result<(), Failed> {
     let attend = variants().into_iter().find_map(|variant| match variant {
         Variant::Attend(attend) => Some(attend),
-        Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => None,
+        _ => None,
     });
     let mut attend = attend.ok_or("no attention kernel")?;
     attend.width = 96;

@@ -29,6 +29,7 @@
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
 //! | `decode` | a few queries against many keys, without quantization |
 //! | `merge` | keys split over workgroups: the ranges' results, put together |
+//! | `vulkan` | what wgpu does not tell of a Vulkan device |
 //! | `plan` | the sequence of the stages for one problem |
 //!
 //! The major version of wgpu is part of this crate's interface: use it through [`wgpu`].
@@ -45,6 +46,7 @@ mod quantize;
 mod self_test;
 mod tier;
 mod tune;
+mod vulkan;
 
 pub use buffer::WgpuBuffer;
 pub use device::{Wgpu, wanted_descriptor, wanted_features, wanted_limits};

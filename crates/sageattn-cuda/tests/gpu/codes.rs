@@ -1,7 +1,13 @@
 //! What the preparation of K and V leaves in the workspace, against docs/numerics.md, over every way
 //! that a plan chooses.
 
-use super::*;
+use std::num::NonZeroU32;
+
+use libtest_mimic::Failed;
+use sageattn_core::{DType, HostTensor, Layout, Recipe, Shape, Smooth};
+use sageattn_cuda::Cuda;
+
+use crate::support::{Call, OnDevice, normal};
 
 /// Keys in a tile of codes.
 const TILE: usize = 128;
@@ -115,7 +121,7 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-pub(super) fn codes(cuda: &Cuda) -> Result<(), Failed> {
+pub(crate) fn codes(cuda: &Cuda) -> Result<(), Failed> {
     for case in cases() {
         check(cuda, &case)?;
     }
@@ -163,7 +169,7 @@ impl Case {
             ..Shape::mha(1, self.heads, 1, self.head_dim)
         };
         let mut call = Call::new(shape, self.dtype);
-        call.recipe = RECIPE.with_smooth(self.smooth);
+        call.recipe = Recipe::SAGE2_I8_F8.with_smooth(self.smooth);
         let layout = match self.keys_first {
             false => Layout::hnd_padded(shape.kv(), self.dtype),
             true => Layout::nhd_padded(shape.kv(), self.dtype),

@@ -74,6 +74,7 @@ fn split(request: &Request, tile: &DotTile) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sageattn_shaders::RowGroups;
 
     #[test]
     fn keys_are_shared_out_where_queries_are_few_and_keys_many() {
@@ -83,6 +84,8 @@ mod tests {
                 kv_len,
                 heads_per_kv: 4,
                 pairs: 4 * kv_heads,
+                q_groups: RowGroups::BLOCK_128,
+                k_groups: RowGroups::BLOCK_64,
                 head_dim: 128,
                 pv: Pv::F16,
             };

@@ -1,0 +1,203 @@
+//! Which tiles, for the one kernel of recipe `half`.
+
+use sageattn_core::{DType, Outputs, Problem};
+
+use super::{MAX_GRID, OCTET, diagonal, small, width};
+use crate::attend_half;
+use crate::variant::{Half, HalfTile, Variant, WIDTHS};
+
+/// The kernel for one problem and the numbers that its launch follows from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct HalfChoice {
+    pub(crate) variant: Half,
+    pub(crate) batch: u32,
+    pub(crate) q_heads: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) q_len: u32,
+    pub(crate) kv_len: u32,
+    pub(crate) head_dim: u32,
+    /// Blocks of query rows in one head.
+    pub(crate) row_blocks: u32,
+    /// What blocks of threads take in turn: a block of rows, or with a causal mask two of them.
+    pub(crate) items: u32,
+    pub(crate) multiprocessors: u32,
+    pub(crate) softmax_scale: f32,
+    /// Row r sees key n when n <= r + diagonal.
+    pub(crate) diagonal: i64,
+}
+
+/// Chooses the tiles, or says what is missing. Pure: tests run it without a GPU.
+pub(crate) fn choose(problem: &Problem, multiprocessors: u32) -> Result<HalfChoice, Vec<String>> {
+    let shape = problem.shape();
+    let mut missing = Vec::new();
+    if problem.dtype() == DType::F32 {
+        missing.push("f32 tensors without quantization: the tensor cores take 16 bits".to_owned());
+    }
+    let (causal, diagonal) = diagonal(problem, &mut missing);
+    let width = width(shape.head_dim);
+    let variant = Half {
+        width,
+        dtype: problem.dtype(),
+        causal,
+        lse: problem.outputs() == Outputs::OAndLse,
+        cut: !small(shape.head_dim).is_multiple_of(OCTET),
+        tile: tile(width),
+    };
+    let row_blocks = small(shape.q_len).div_ceil(attend_half::rows(&variant));
+    let heads = small(shape.batch * shape.q_heads);
+    let blocks = u64::from(heads) * u64::from(row_blocks);
+    if blocks > MAX_GRID {
+        missing.push(format!(
+            "{blocks} blocks of queries: the kernel counts to {MAX_GRID}"
+        ));
+    }
+    if !missing.is_empty() {
+        return Err(missing);
+    }
+    Ok(HalfChoice {
+        variant,
+        batch: small(shape.batch),
+        q_heads: small(shape.q_heads),
+        kv_heads: small(shape.kv_heads),
+        q_len: small(shape.q_len),
+        kv_len: small(shape.kv_len),
+        head_dim: small(shape.head_dim),
+        row_blocks,
+        items: heads
+            * match causal {
+                // Two blocks of rows that see a whole row's keys together.
+                true => row_blocks.div_ceil(2),
+                false => row_blocks,
+            },
+        multiprocessors,
+        softmax_scale: problem.softmax_scale(),
+        diagonal,
+    })
+}
+
+/// How a block is cut. It has the multiprocessor's 64 Ki registers and 227 KiB of shared memory to
+/// itself. Two warpgroups of 240 registers hold S, P and O, and below 256 channels Q as well, so that one
+/// slot suffices for Q to come ahead; stages take what is left.
+const fn tile(width: u32) -> HalfTile {
+    match width {
+        64 => HalfTile {
+            consumers: 2,
+            keys: 128,
+            q_slots: 1,
+            k_stages: 5,
+            v_stages: 5,
+        },
+        128 => HalfTile {
+            consumers: 2,
+            keys: 128,
+            q_slots: 1,
+            k_stages: 3,
+            v_stages: 3,
+        },
+        // O alone takes 128 registers a thread, Q 64 KiB. 80 keys are what the registers still hold, and
+        // two stages of each what shared memory does.
+        _ => HalfTile {
+            consumers: 2,
+            keys: 80,
+            q_slots: 1,
+            k_stages: 2,
+            v_stages: 2,
+        },
+    }
+}
+
+/// Every kernel that a plan of recipe `half` can choose.
+pub(crate) fn variants() -> impl Iterator<Item = Variant> {
+    let flags = |n: u32| [n & 1 == 1, n & 2 == 2, n & 4 == 4];
+    WIDTHS.into_iter().flat_map(move |width| {
+        let dtypes = [DType::F16, DType::BF16].into_iter();
+        dtypes.flat_map(move |dtype| {
+            (0..8).map(move |n| {
+                let [causal, lse, cut] = flags(n);
+                Variant::Half(Half {
+                    width,
+                    dtype,
+                    causal,
+                    lse,
+                    cut,
+                    tile: tile(width),
+                })
+            })
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use sageattn_core::{Align, Mask, Shape};
+
+    use super::*;
+
+    fn shape(q_len: usize, head_dim: usize) -> Shape {
+        Shape {
+            batch: 2,
+            q_heads: 8,
+            kv_heads: 2,
+            q_len,
+            kv_len: 500,
+            head_dim,
+        }
+    }
+
+    #[test]
+    fn sizes_follow_from_the_problem() {
+        let problem = Problem::new(shape(1000, 100), DType::BF16).unwrap();
+        let choice = choose(&problem, 132).unwrap();
+        assert_eq!((choice.variant.width, choice.head_dim), (128, 100));
+        assert!(choice.variant.cut, "100 is 12.5 octets");
+        // 1000 rows in blocks of 128, for 16 heads.
+        assert_eq!((choice.row_blocks, choice.items), (8, 128));
+        let name = Variant::Half(choice.variant).name();
+        assert_eq!(name, "attn_half_sm90_d128_bf16_cut_c2n128s133");
+    }
+
+    #[test]
+    fn causal_items_are_pairs_of_blocks() {
+        let causal = Mask::Causal(Align::BottomRight);
+        for (q_len, row_blocks, items) in [(1, 1, 16), (256, 2, 16), (257, 3, 32), (1000, 8, 64)] {
+            let problem = Problem::new(shape(q_len, 64), DType::F16).unwrap();
+            let choice = choose(&problem.with_mask(causal), 132).unwrap();
+            assert_eq!((choice.row_blocks, choice.items), (row_blocks, items));
+            assert_eq!(choice.diagonal, 500 - q_len as i64);
+        }
+    }
+
+    #[test]
+    fn a_refusal_lists_everything() {
+        let long = Shape {
+            q_len: 1 << 30,
+            batch: 1 << 20,
+            ..Shape::mha(1, 1, 1, 64)
+        };
+        let missing = choose(&Problem::new(long, DType::F32).unwrap(), 132).unwrap_err();
+        assert_eq!(missing.len(), 2, "{missing:?}");
+        assert!(missing[0].contains("f32"), "{missing:?}");
+        assert!(missing[1].contains("queries"), "{missing:?}");
+    }
+
+    #[test]
+    fn every_choice_is_among_the_variants_that_tests_compile() {
+        let known: HashSet<Variant> = variants().collect();
+        assert_eq!(known.len(), variants().count());
+        let mut met = HashSet::new();
+        for head_dim in [1, 8, 63, 64, 65, 72, 128, 129, 200, 256] {
+            for dtype in [DType::F16, DType::BF16] {
+                for mask in [Mask::None, Mask::Causal(Align::TopLeft)] {
+                    for outputs in [Outputs::O, Outputs::OAndLse] {
+                        let problem = Problem::new(shape(300, head_dim), dtype).unwrap();
+                        let problem = problem.with_mask(mask).with_outputs(outputs);
+                        met.insert(Variant::Half(choose(&problem, 132).unwrap().variant));
+                    }
+                }
+            }
+        }
+        assert_eq!(met, known);
+    }
+}

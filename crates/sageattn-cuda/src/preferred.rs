@@ -1,0 +1,130 @@
+//! Which recipe is the fastest for a problem: one pure function over measured times.
+
+use sageattn_core::{DType, Problem, Recipe};
+
+use crate::plan::width;
+
+/// What the two families take, each a straight line through measured times of whole calls.
+struct Times {
+    /// The head dimension that kernels have.
+    width: u32,
+    /// Femtoseconds for one query of one head to attend to one key, INT8 and FP8.
+    quantized: u64,
+    /// The same without quantization.
+    half: u64,
+    /// Femtoseconds to prepare one key and one value of one head.
+    prepare: u64,
+}
+
+/// One H100, kernels in a graph, 4 x 32 heads: the slopes between 1K and 4K keys.
+const TIMES: [Times; 3] = [
+    Times {
+        width: 64,
+        quantized: 430,
+        half: 510,
+        prepare: 175_000,
+    },
+    Times {
+        width: 128,
+        quantized: 570,
+        half: 790,
+        prepare: 330_000,
+    },
+    Times {
+        width: 256,
+        quantized: 930,
+        half: 1460,
+        prepare: 660_000,
+    },
+];
+
+/// Femtoseconds that the launches which prepare K and V take beside their work.
+const LAUNCHES: u64 = 8_000_000_000;
+
+/// The recipe that computes this problem fastest: quantizing pays once enough queries share each key.
+pub(crate) fn preferred(problem: &Problem) -> Recipe {
+    if problem.dtype() == DType::F32 {
+        // The other takes 16 bits.
+        return Recipe::SAGE2_I8_F8;
+    }
+    let shape = problem.shape();
+    let width = width(shape.head_dim);
+    let times = TIMES.iter().find(|times| times.width == width);
+    let Some(times) = times else {
+        return Recipe::SAGE2_I8_F8;
+    };
+    let pairs = problem.visible_pairs();
+    let keys = (shape.batch * shape.kv_heads) as u64 * shape.kv_len as u64;
+    // Products of two 64-bit numbers.
+    let cost = |each: u64, count: u64| u128::from(each) * u128::from(count);
+    let preparing = u128::from(LAUNCHES) + cost(times.prepare, keys);
+    match preparing + cost(times.quantized, pairs) < cost(times.half, pairs) {
+        true => Recipe::SAGE2_I8_F8,
+        false => Recipe::HALF,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sageattn_core::{Align, Mask, Shape};
+
+    use super::*;
+
+    fn of(shape: Shape, dtype: DType, mask: Mask) -> Recipe {
+        preferred(&Problem::new(shape, dtype).unwrap().with_mask(mask))
+    }
+
+    #[test]
+    fn few_queries_a_key_are_not_worth_preparing() {
+        for (shape, recipe) in [
+            (Shape::mha(4, 32, 512, 128), Recipe::HALF),
+            (Shape::mha(4, 32, 1024, 128), Recipe::HALF),
+            (Shape::mha(4, 32, 8192, 128), Recipe::SAGE2_I8_F8),
+            (Shape::mha(12, 64, 197, 64), Recipe::HALF),
+            (Shape::mha(4, 32, 16384, 64), Recipe::SAGE2_I8_F8),
+            (Shape::mha(4, 32, 4096, 256), Recipe::SAGE2_I8_F8),
+        ] {
+            assert_eq!(of(shape, DType::F16, Mask::None), recipe, "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn decoding_reads_every_key_once() {
+        let shape = Shape {
+            q_heads: 32,
+            kv_heads: 8,
+            q_len: 1,
+            ..Shape::mha(16, 32, 16384, 128)
+        };
+        let mask = Mask::Causal(Align::BottomRight);
+        assert_eq!(of(shape, DType::BF16, mask), Recipe::HALF);
+    }
+
+    #[test]
+    fn heads_that_share_keys_share_their_preparation() {
+        let shape = Shape::mha(4, 32, 1500, 128);
+        let shared = Shape {
+            kv_heads: 4,
+            ..shape
+        };
+        assert_eq!(of(shape, DType::F16, Mask::None), Recipe::HALF);
+        assert_eq!(of(shared, DType::F16, Mask::None), Recipe::SAGE2_I8_F8);
+    }
+
+    #[test]
+    fn f32_is_always_quantized() {
+        let short = Shape::mha(1, 1, 1, 64);
+        assert_eq!(of(short, DType::F32, Mask::None), Recipe::SAGE2_I8_F8);
+    }
+
+    #[test]
+    fn the_largest_problem_does_not_overflow() {
+        let long = Shape {
+            batch: 1 << 10,
+            ..Shape::mha(1, 1, 1 << 30, 256)
+        };
+        for mask in [Mask::None, Mask::Causal(Align::TopLeft)] {
+            assert_eq!(of(long, DType::F16, mask), Recipe::SAGE2_I8_F8);
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The backend against the oracles.
+
+use std::num::NonZeroU32;
+
+use libtest_mimic::Failed;
+use sageattn_core::{Align, DType, Mask, Outputs, Recipe, Smooth};
+use sageattn_cuda::Cuda;
+
+use crate::codes;
+use crate::support::{Call, Test, gqa};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("head_dims_agree_with_the_oracles", head_dims),
+    ("lengths_agree_with_the_oracles", lengths),
+    ("masks_agree_with_the_oracles", masks),
+    (
+        "types_and_outputs_agree_with_the_oracles",
+        types_and_outputs,
+    ),
+    (
+        "scales_and_smoothing_agree_with_the_oracles",
+        scales_and_smoothing,
+    ),
+    ("keys_and_values_are_coded_as_the_recipe_says", codes::codes),
+];
+
+fn head_dims(cuda: &Cuda) -> Result<(), Failed> {
+    for head_dim in [1, 20, 64, 72, 100, 128, 160, 250, 256] {
+        Call::new(gqa(130, 200, head_dim), DType::F16).check(cuda)?;
+    }
+    Ok(())
+}
+
+fn lengths(cuda: &Cuda) -> Result<(), Failed> {
+    for len in [1, 15, 63, 64, 65, 127, 128, 129, 192, 193, 513] {
+        Call::new(gqa(len, 300, 64), DType::F16).check(cuda)?;
+        Call::new(gqa(70, len, 128), DType::F16).check(cuda)?;
+    }
+    Ok(())
+}
+
+fn masks(cuda: &Cuda) -> Result<(), Failed> {
+    for (q_len, kv_len) in [(300, 300), (129, 400), (400, 129), (1, 257), (257, 1)] {
+        for align in [Align::TopLeft, Align::BottomRight] {
+            for head_dim in [64, 128, 256] {
+                Call::new(gqa(q_len, kv_len, head_dim), DType::F16)
+                    .with(|problem| problem.with_mask(Mask::Causal(align)))
+                    .with(|problem| problem.with_outputs(Outputs::OAndLse))
+                    .check(cuda)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn types_and_outputs(cuda: &Cuda) -> Result<(), Failed> {
+    for dtype in DType::ALL {
+        for head_dim in [60, 64, 128, 250, 256] {
+            Call::new(gqa(150, 190, head_dim), dtype)
+                .with(|problem| problem.with_outputs(Outputs::OAndLse))
+                .check(cuda)?;
+        }
+    }
+    Ok(())
+}
+
+fn scales_and_smoothing(cuda: &Cuda) -> Result<(), Failed> {
+    for scale in [0.0, -0.1, 0.3] {
+        Call::new(gqa(150, 190, 64), DType::F16)
+            .with(|problem| problem.with_softmax_scale(scale).unwrap())
+            .with(|problem| problem.with_outputs(Outputs::OAndLse))
+            .check(cuda)?;
+    }
+    let sampled = NonZeroU32::new(50).map(Smooth::Sampled).unwrap();
+    for smooth in [Smooth::Off, sampled] {
+        let mut call = Call::new(gqa(150, 190, 64), DType::F16)
+            .with(|problem| problem.with_outputs(Outputs::OAndLse));
+        call.recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
+        call.check(cuda)?;
+    }
+    Ok(())
+}
