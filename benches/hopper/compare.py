@@ -28,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROUNDS, BUDGET_MS, GRAPHS_UP_TO = 3, 30, 2048
-FULL = [f"4x32x{n}x{d}" for d in (128, 64) for n in (512, 1024, 2048, 4096, 8192, 16384)] + ["4x32x16384x256", "12x64x197x64", "4x24x1105x64"]
-CAUSAL = [f"4x32x{n}x{d}:causal" for d in (128, 64) for n in (1024, 2048, 4096, 16384)] + ["4x32x1536x128:causal", "4x32x16384x256:causal"]
+LENGTHS = {128: (512, 1024, 2048, 4096, 8192, 16384), 64: (1024, 4096, 16384), 256: (16384,)}
+FULL = [f"4x32x{n}x{d}" for d, lengths in LENGTHS.items() for n in lengths] + ["12x64x197x64", "4x24x1105x64"]
+CAUSAL = [f"4x32x{n}x128:causal" for n in (1024, 1536, 2048, 4096, 16384)] + [f"4x32x{n}x64:causal" for n in (1024, 4096, 16384)]
 
 cuda = ctypes.CDLL("libcuda.so.1")
 torch.zeros(1, device="cuda")
