@@ -252,7 +252,10 @@ fn main(
     let unmasked = visible_keys(first_row);
 
     // The offsets of the bindings count 16 bytes.
-    let q_at = (params.q_codes * 8u + (pair * params.q_padded + first_row + own) * CHANNELS) / PER_ITEM;
+    // A subgroup's rows lie all before the end of the padding or all behind it. Those behind are no
+    // queries': any codes will do.
+    let own_row = select(0u, first_row + own, first_row + own < params.q_padded);
+    let q_at = (params.q_codes * 8u + (pair * params.q_padded + own_row) * CHANNELS) / PER_ITEM;
     let k_start = (params.k_codes * 8u + kv_pair * params.kv_padded * CHANNELS) / PER_ITEM;
     let v_start = (params.values * 8u + kv_pair * params.kv_padded * CHANNELS) / PER_ITEM;
     let s_at = own * S_ITEMS;
@@ -307,7 +310,8 @@ fn main(
     workgroupBarrier();
 //# end
 //# if ROLLED
-    // KEY_TILE, as a number that compilers do not know: they unroll the loop otherwise.
+    // KEY_TILE, as a number that compilers do not know: else they unroll the loop eightfold, and
+    // workgroups at different places of so much code push each other out of the instruction cache.
     let step = min(params.kv_padded, KEY_TILE);
 //# else
     let step = KEY_TILE;

@@ -4,9 +4,11 @@
 
 mod dot;
 mod matrix;
+mod matrix_i8;
 
 pub use dot::DotTile;
 pub use matrix::MatrixTile;
+pub use matrix_i8::MatrixI8Tile;
 
 use crate::{DType, KEY_TILE, Kernel, Native, Prelude, RowGroups};
 
@@ -67,6 +69,8 @@ pub enum AttendKernel {
     Dot(DotTile),
     /// Cooperative matrices of f16.
     Matrix(MatrixTile),
+    /// Matrices of 8-bit integers, in SPIR-V.
+    MatrixI8(MatrixI8Tile),
 }
 
 /// Axes of the attention kernel.
@@ -98,6 +102,7 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.rows,
             AttendKernel::Matrix(tile) => tile.rows(),
+            AttendKernel::MatrixI8(tile) => tile.rows(),
         }
     }
 
@@ -106,6 +111,7 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.invocations(),
             AttendKernel::Matrix(tile) => tile.invocations(),
+            AttendKernel::MatrixI8(tile) => tile.invocations(),
         }
     }
 
@@ -114,6 +120,7 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.workgroup_bytes(self.pv),
             AttendKernel::Matrix(tile) => tile.workgroup_bytes(self.k_uniform(tile.key_tile)),
+            AttendKernel::MatrixI8(tile) => tile.workgroup_bytes(),
         }
     }
 
@@ -122,6 +129,7 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.qk_dim(),
             AttendKernel::Matrix(tile) => tile.channels,
+            AttendKernel::MatrixI8(tile) => tile.qk_dim,
         }
     }
 
@@ -130,13 +138,14 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(tile) => tile.pv_dim(),
             AttendKernel::Matrix(tile) => tile.channels,
+            AttendKernel::MatrixI8(tile) => tile.pv_dim,
         }
     }
 
     /// How the codes of Q and K are stored.
     pub const fn codes(&self) -> Codes {
         match self.kernel {
-            AttendKernel::Dot(_) => Codes::I8,
+            AttendKernel::Dot(_) | AttendKernel::MatrixI8(_) => Codes::I8,
             AttendKernel::Matrix(_) => Codes::F16,
         }
     }
@@ -146,7 +155,7 @@ impl AttendVariant {
         match (self.kernel, self.pv) {
             (AttendKernel::Dot(_), Pv::F16) => Values::F16Pairs,
             (AttendKernel::Dot(_), Pv::I8) => Values::I8,
-            (AttendKernel::Matrix(_), _) => Values::F16Rows,
+            (AttendKernel::Matrix(_) | AttendKernel::MatrixI8(_), _) => Values::F16Rows,
         }
     }
 
@@ -155,6 +164,7 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(_) => KEY_TILE,
             AttendKernel::Matrix(tile) => tile.key_tile,
+            AttendKernel::MatrixI8(tile) => tile.key_tile,
         }
     }
 
@@ -163,6 +173,7 @@ impl AttendVariant {
         match self.kernel {
             AttendKernel::Dot(_) => 0,
             AttendKernel::Matrix(tile) => tile.stale(),
+            AttendKernel::MatrixI8(_) => MatrixI8Tile::STALE,
         }
     }
 
@@ -170,7 +181,7 @@ impl AttendVariant {
     pub const fn divides_by_unrounded(&self) -> bool {
         match self.kernel {
             AttendKernel::Dot(_) => false,
-            AttendKernel::Matrix(_) => true,
+            AttendKernel::Matrix(_) | AttendKernel::MatrixI8(_) => true,
         }
     }
 
@@ -197,6 +208,7 @@ impl AttendVariant {
         let (way, tile) = match self.kernel {
             AttendKernel::Dot(tile) => ("dot", tile.name()),
             AttendKernel::Matrix(tile) => ("matrix", tile.name()),
+            AttendKernel::MatrixI8(tile) => ("matrix_i8", tile.name()),
         };
         let pv = match self.pv {
             Pv::F16 => "f16",
@@ -221,6 +233,7 @@ impl AttendVariant {
         match &self.kernel {
             AttendKernel::Dot(tile) => tile.compose(self, prelude, native),
             AttendKernel::Matrix(tile) => tile.compose(self, native),
+            AttendKernel::MatrixI8(tile) => tile.compose(self),
         }
     }
 
@@ -238,6 +251,8 @@ impl AttendVariant {
 
     /// Variants that visit every value of every axis, for tests that need no device.
     pub(crate) fn samples(dtype: DType, head_dim: u32) -> impl Iterator<Item = Self> {
-        DotTile::samples(dtype, head_dim).chain(MatrixTile::samples(dtype, head_dim))
+        DotTile::samples(dtype, head_dim)
+            .chain(MatrixTile::samples(dtype, head_dim))
+            .chain(MatrixI8Tile::samples(dtype, head_dim))
     }
 }

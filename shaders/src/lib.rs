@@ -1,6 +1,6 @@
-//! The WGSL kernels of `sageattn`'s portable tier.
+//! The kernels of `sageattn`'s portable tier: WGSL, and SPIR-V for what WGSL cannot express ([`spirv`]).
 //!
-//! A kernel is the concatenation of a generated prelude of `const` lines, the files of `lib/` that it
+//! A WGSL kernel is the concatenation of a generated prelude of `const` lines, the files of `lib/` that it
 //! names, and one stage file. WGSL's module scope has no order, so nothing else is needed, except where
 //! a kernel must have loops written out (`unroll.rs`). [`Variant`] lists what can be composed; its name identifies the result in
 //! caches, tests and logs.
@@ -10,11 +10,13 @@
 //! let variant = Variant::ValuesF16(ValuesVariant { dtype: DType::BF16, head_dim: 64, pv_dim: 64 });
 //! let kernel = variant.compose(sageattn_shaders::Native::ALL);
 //! assert_eq!(kernel.name, "values_f16_bf16_d64");
-//! assert!(kernel.source.contains("const HEAD_DIM: u32 = 64u;"));
+//! let sageattn_shaders::Source::Wgsl(text) = kernel.source else { unreachable!() };
+//! assert!(text.contains("const HEAD_DIM: u32 = 64u;"));
 //! ```
 
 pub mod abi;
 mod attend;
+pub mod spirv;
 mod unroll;
 mod variant;
 
@@ -37,8 +39,17 @@ pub const SPLIT_ROWS: u32 = 512;
 pub struct Kernel {
     /// The variant's name.
     pub name: String,
-    /// The whole WGSL module.
-    pub source: String,
+    /// The whole module.
+    pub source: Source,
+}
+
+/// A module in the language that it is handed to wgpu in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Checked and translated by wgpu.
+    Wgsl(String),
+    /// Handed to the Vulkan driver as it is.
+    Spirv(Vec<u32>),
 }
 
 /// A file of this crate.
@@ -136,6 +147,9 @@ impl Prelude {
             let text = unroll(part.text, &self.constants);
             source += &format!("\n// ---- {}\n{text}", part.path);
         }
-        Kernel { name, source }
+        Kernel {
+            name,
+            source: Source::Wgsl(source),
+        }
     }
 }

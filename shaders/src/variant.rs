@@ -1,8 +1,9 @@
 //! What can be composed: one row per stage, and the constants that tell its variants apart.
 
+use crate::spirv::MATRIX_LAYOUT;
 use crate::{
     ABI, AttendVariant, CHANNELS, CHANNELS_FINISH, CODES, Codes, HALF, Kernel, LOAD, Prelude,
-    QUANTIZE_ROWS, RANGE, SELF_TEST, SPLIT_ROWS, VALUES_F16, VALUES_I8, VALUES_ROWS,
+    QUANTIZE_ROWS, RANGE, SELF_TEST, SPLIT_ROWS, Source, VALUES_F16, VALUES_I8, VALUES_ROWS,
 };
 
 /// Invocations of the workgroups of every stage but the attention kernel.
@@ -20,6 +21,15 @@ pub enum DType {
 impl DType {
     /// Every element type.
     pub const ALL: [Self; 3] = [Self::F16, Self::BF16, Self::F32];
+
+    /// As kernels number them.
+    pub(crate) const fn number(self) -> u32 {
+        match self {
+            Self::F16 => 0,
+            Self::BF16 => 1,
+            Self::F32 => 2,
+        }
+    }
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -181,6 +191,8 @@ pub enum Variant {
     Attend(AttendVariant),
     /// The device self-test.
     SelfTest,
+    /// Which elements of matrices invocations hold.
+    MatrixLayout,
 }
 
 impl Variant {
@@ -214,6 +226,7 @@ impl Variant {
             Self::ValuesI8(v) => format!("values_i8_{}", v.name()),
             Self::Attend(v) => v.name(),
             Self::SelfTest => "self_test".to_owned(),
+            Self::MatrixLayout => MATRIX_LAYOUT.name.to_owned(),
         }
     }
 
@@ -278,12 +291,16 @@ impl Variant {
             }
             Self::Attend(v) => v.compose(prelude, native),
             Self::SelfTest => prelude.compose(name, &[SELF_TEST]),
+            Self::MatrixLayout => Kernel {
+                name,
+                source: Source::Spirv(MATRIX_LAYOUT.specialize(&[])),
+            },
         }
     }
 
     /// A list that visits every value of every axis of every stage, for tests that need no device.
     pub fn all() -> Vec<Self> {
-        let mut all = vec![Self::SelfTest];
+        let mut all = vec![Self::SelfTest, Self::MatrixLayout];
         for head_dim in [1, 13, 64, 80, 128, 192, 256] {
             all.extend(ChannelOp::ALL.map(|op| Self::ChannelsFinish { head_dim, op }));
             for dtype in DType::ALL {
@@ -340,14 +357,7 @@ impl Prelude {
         self.number("DTYPE_F16", 0)
             .number("DTYPE_BF16", 1)
             .number("DTYPE_F32", 2)
-            .number(
-                "DTYPE",
-                match dtype {
-                    DType::F16 => 0,
-                    DType::BF16 => 1,
-                    DType::F32 => 2,
-                },
-            )
+            .number("DTYPE", dtype.number())
             .number("HEAD_DIM", head_dim)
             .number("QUADS", head_dim.div_ceil(4))
     }

@@ -81,30 +81,28 @@ pub(crate) struct Launch<P> {
 const PORTABLE_CLUSTER: u32 = 8;
 
 impl<P> Launch<P> {
-    /// Overlap and cluster, in that order.
-    fn attributes(&self) -> [sys::CUlaunchAttribute; 2] {
-        let attribute = |id, value| sys::CUlaunchAttribute {
-            id,
+    fn cluster_attribute(&self) -> sys::CUlaunchAttribute {
+        sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
             pad: [0; 4],
-            value,
-        };
-        let overlap = attribute(
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: i32::from(self.overlaps_previous),
-            },
-        );
-        let cluster = attribute(
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            sys::CUlaunchAttributeValue {
+            value: sys::CUlaunchAttributeValue {
                 clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
                     x: self.cluster,
                     y: 1,
                     z: 1,
                 },
             },
-        );
-        [overlap, cluster]
+        }
+    }
+
+    fn overlap_attribute() -> sys::CUlaunchAttribute {
+        sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        }
     }
 
     fn config(
@@ -122,7 +120,7 @@ impl<P> Launch<P> {
             sharedMemBytes: self.shared,
             hStream: stream,
             attrs: attributes.as_mut_ptr(),
-            #[expect(clippy::cast_possible_truncation, reason = "one or two")]
+            #[expect(clippy::cast_possible_truncation, reason = "at most two")]
             numAttrs: attributes.len() as u32,
         }
     }
@@ -185,9 +183,11 @@ impl<P: Params> Kernel<P> {
     }
 
     /// How many of the launch's clusters the device runs at a time: 0 where it cannot place one. Allows
-    /// the kernel clusters of that size. The kernel's context is current.
+    /// the kernel clusters of that size.
     pub(crate) fn resident_clusters(&self, launch: &Launch<P>) -> Result<u32, Error> {
         let failed = |error| Error::device(format!("placing clusters of {}", self.name), error);
+        // Loaded by another thread, perhaps.
+        self.context.bind_to_thread().map_err(failed)?;
         if launch.cluster > PORTABLE_CLUSTER {
             // SAFETY: a function of the current context.
             unsafe {
@@ -199,7 +199,7 @@ impl<P: Params> Kernel<P> {
             }
             .map_err(failed)?;
         }
-        let mut attributes = launch.attributes();
+        let mut attributes = [launch.cluster_attribute()];
         let config = launch.config(ptr::null_mut(), &mut attributes);
         let mut clusters = 0;
         // SAFETY: a function of the current context, and pointers that outlive the call.
@@ -214,10 +214,11 @@ impl<P: Params> Kernel<P> {
 
     /// Enqueues the kernel. The stream's context is the kernel's, and current.
     pub(crate) fn enqueue(&self, stream: &CudaStream, launch: &Launch<P>) -> Result<(), Error> {
-        let mut attributes = launch.attributes();
         // A cluster of one block is no cluster.
-        let count = if launch.cluster > 1 { 2 } else { 1 };
-        let config = launch.config(stream.cu_stream(), &mut attributes[..count]);
+        let mut attributes = [launch.cluster_attribute(), Launch::<P>::overlap_attribute()];
+        let first = usize::from(launch.cluster == 1);
+        let end = 1 + usize::from(launch.overlaps_previous);
+        let config = launch.config(stream.cu_stream(), &mut attributes[first..end]);
         let mut params = launch.params;
         let mut arguments: [*mut c_void; 1] = [ptr::from_mut(&mut params).cast()];
         // SAFETY:

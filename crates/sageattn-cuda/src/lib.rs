@@ -144,10 +144,10 @@ impl Cuda {
         })
     }
 
-    /// Lets row maxima go stale until P is about to leave e4m3's range: softmax stays exact, P is
-    /// rounded at another scale. On an H200 that takes 13 to 21 % off the attention kernel's time and adds 2
-    /// to 5 % to the recipe's error (`docs/results/h200.md`), which is then above the bound that the
-    /// conformance suite holds the recipe to on two of its four files. Off unless asked for.
+    /// Lets row maxima of `sage2-i8-f8` go stale until P is about to leave e4m3's range: softmax stays exact, P
+    /// is rounded at another scale. That takes about a tenth off the attention kernel's time and adds 2 to 5 %
+    /// to the recipe's error (`docs/results/h100.md`), which is then above the bound that the conformance suite
+    /// holds the recipe to on two of its four files. Off unless asked for.
     #[must_use]
     pub fn with_lazy_maximum(mut self) -> Self {
         self.machine.lazy_maximum = true;

@@ -3,6 +3,7 @@
 
 pub(crate) mod dot;
 pub(crate) mod matrix;
+pub(crate) mod matrix_i8;
 #[cfg(test)]
 mod sweep;
 

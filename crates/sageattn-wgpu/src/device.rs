@@ -13,6 +13,7 @@ use crate::pipeline::Pipelines;
 use crate::plan::{self, WgpuPlan};
 use crate::tier::{Facts, Forced, Tier};
 use crate::tune::Findings;
+use crate::vulkan;
 
 /// A wgpu device as a backend. Cloning it gives another handle to the same device and kernels.
 #[derive(Clone)]
@@ -184,6 +185,7 @@ impl Wgpu {
                 matrices: adapter
                     .map(wgpu::Adapter::cooperative_matrix_properties)
                     .unwrap_or_default(),
+                i8_matrices: vulkan::i8_matrices(&device),
                 subgroup: subgroup(&info),
                 // Metal's functions for matrices take pointers to numbers.
                 vector_items: info.backend != wgpu::Backend::Metal,
@@ -201,6 +203,7 @@ impl Wgpu {
             lost,
         };
         context.self_test()?;
+        context.prove_matrix_layout()?;
         Ok(Self {
             context: Arc::new(context),
         })

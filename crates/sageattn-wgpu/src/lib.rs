@@ -27,6 +27,7 @@
 //! | `pipeline` | kernels compiled once per device, and how they are recorded |
 //! | `tier`, `tune` | the ways to compute attention, and which one a call takes; what was tried out |
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
+//! | `vulkan` | what wgpu does not tell of a Vulkan device |
 //! | `plan` | the sequence of the stages for one problem |
 //!
 //! The major version of wgpu is part of this crate's interface: use it through [`wgpu`].
@@ -41,6 +42,7 @@ mod quantize;
 mod self_test;
 mod tier;
 mod tune;
+mod vulkan;
 
 pub use buffer::WgpuBuffer;
 pub use device::{Wgpu, wanted_descriptor, wanted_features, wanted_limits};

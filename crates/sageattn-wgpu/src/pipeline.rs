@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sageattn_core::Error;
-use sageattn_shaders::Variant;
+use sageattn_shaders::{Source, Variant};
 
 use crate::device::Context;
 use crate::memory::index;
@@ -86,7 +86,7 @@ fn storage_bindings(variant: &Variant) -> &'static [bool] {
     const WRITE: bool = false;
     match variant {
         Variant::Channels(_) => &[READ, WRITE],
-        Variant::ChannelsFinish { .. } | Variant::SelfTest => &[WRITE],
+        Variant::ChannelsFinish { .. } | Variant::SelfTest | Variant::MatrixLayout => &[WRITE],
         Variant::QuantizeRows(_)
         | Variant::ValuesF16(_)
         | Variant::ValuesRows(_)
@@ -98,11 +98,54 @@ fn storage_bindings(variant: &Variant) -> &'static [bool] {
 fn params_size(variant: &Variant) -> u64 {
     use sageattn_shaders::abi::{AttendParams, TensorParams};
     let size = match variant {
-        Variant::SelfTest => 0,
+        Variant::SelfTest | Variant::MatrixLayout => 0,
         Variant::Attend(_) => size_of::<AttendParams>(),
         _ => size_of::<TensorParams>(),
     };
     size as u64
+}
+
+/// The module of a kernel, without wgpu's own checks.
+fn module(device: &wgpu::Device, name: &str, source: Source) -> wgpu::ShaderModule {
+    match source {
+        Source::Wgsl(text) => {
+            let descriptor = wgpu::ShaderModuleDescriptor {
+                label: Some(name),
+                source: wgpu::ShaderSource::Wgsl(text.into()),
+            };
+            // SAFETY: The kernels guard what the removed checks would. Storage accesses: rows and channels
+            // are compared with the lengths of the parameter block before each access to a tensor, and the
+            // host binds ranges that hold all rows up to those lengths (`memory.rs`); scratch is padded to
+            // whole tiles. Workgroup arrays are indexed by constants and the invocation's index, within
+            // sizes that `tests/validate.rs` of the shaders checks. Loops count up to uniform bounds and
+            // end. Divisors are non-zero constants or counts that `Problem` keeps above zero. No workgroup
+            // variable is read before it is written.
+            unsafe {
+                device.create_shader_module_trusted(
+                    descriptor,
+                    wgpu::ShaderRuntimeChecks::unchecked(),
+                )
+            }
+        }
+        Source::Spirv(words) => {
+            let entry = wgpu::PassthroughShaderEntryPoint {
+                name: "main".into(),
+                // Metal's alone to know.
+                workgroup_size: (0, 0, 0),
+            };
+            let descriptor = wgpu::ShaderModuleDescriptorPassthrough {
+                label: Some(name),
+                entry_points: vec![entry].into(),
+                spirv: Some(words.into()),
+                ..Default::default()
+            };
+            // SAFETY: The words are those that `cargo xtask spirv` compiled and validated, with numbers
+            // from `AttendVariant` for constants. They bind set 0 in the order of `storage_bindings`,
+            // use no capability beyond the features in `attend/matrix_i8.rs`, and guard their accesses
+            // as said above for WGSL.
+            unsafe { device.create_shader_module_passthrough(descriptor) }
+        }
+    }
 }
 
 fn compile(context: &Context, variant: &Variant) -> Result<Pipeline, Error> {
@@ -139,20 +182,7 @@ fn compile(context: &Context, variant: &Variant) -> Result<Pipeline, Error> {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let descriptor = wgpu::ShaderModuleDescriptor {
-            label: Some(&name),
-            source: wgpu::ShaderSource::Wgsl(kernel.source.into()),
-        };
-        // SAFETY: The kernels guard what the removed checks would. Storage accesses: rows and channels
-        // are compared with the lengths of the parameter block before each access to a tensor, and the
-        // host binds ranges that hold all rows up to those lengths (`memory.rs`); scratch is padded to
-        // whole tiles. Workgroup arrays are indexed by constants and the invocation's index, within
-        // sizes that `tests/validate.rs` of the shaders checks. Loops count up to uniform bounds and
-        // end. Divisors are non-zero constants or counts that `Problem` keeps above zero. No workgroup
-        // variable is read before it is written.
-        let module = unsafe {
-            device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
-        };
+        let module = module(device, &name, kernel.source);
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(&name),
             layout: Some(&pipeline_layout),

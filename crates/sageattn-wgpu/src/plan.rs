@@ -72,7 +72,7 @@ pub(crate) fn supports(
 
 /// The recipe that the device computes fastest at SageAttention's accuracy.
 pub(crate) fn preferred(context: &Arc<Context>, problem: &Problem) -> Recipe {
-    let request = request(problem, Pv::F16);
+    let request = request(problem, Pv::F16, RowGroups::BLOCK_128, RowGroups::BLOCK_64);
     let order = context.ranked(&request, &Recipe::SAGE1_B);
     // Without a measurement the order that is known without one.
     let order = order.unwrap_or_else(|_| context.order());
@@ -84,7 +84,7 @@ pub(crate) fn preferred(context: &Arc<Context>, problem: &Problem) -> Recipe {
 }
 
 /// What the choice of the kernel looks at.
-fn request(problem: &Problem, pv: Pv) -> Request {
+fn request(problem: &Problem, pv: Pv, q_groups: RowGroups, k_groups: RowGroups) -> Request {
     let shape = problem.shape();
     Request {
         q_len: shape.q_len,
@@ -94,6 +94,8 @@ fn request(problem: &Problem, pv: Pv) -> Request {
         // At most 256: `Problem` says so.
         head_dim: index(shape.head_dim as u64),
         pv,
+        q_groups,
+        k_groups,
     }
 }
 
@@ -147,7 +149,7 @@ fn choose(
     let Some((grouping, q_groups, k_groups, pv)) = recipes else {
         return Err(missing);
     };
-    let request = request(problem, pv);
+    let request = request(problem, pv, q_groups, k_groups);
     let kernel = match context.forced {
         Some(Forced::Kernel(kernel)) => Ok(kernel),
         _ => tier::choose(&context.facts, &request, order),
@@ -267,10 +269,10 @@ impl WgpuPlan {
         let refuse = |missing| Error::from(context.unsupported(missing));
         // Before anything is measured: whether there is a choice at all.
         choose(context, problem, recipe, &context.order()).map_err(refuse)?;
-        let pv = known(recipe).map(|(.., pv)| pv);
+        let request = known(recipe).map(|(_, q, k, pv)| request(problem, pv, q, k));
         let (kernels, workspace) = loop {
-            let order = match pv {
-                Some(pv) => context.ranked(&request(problem, pv), recipe)?,
+            let order = match &request {
+                Some(request) => context.ranked(request, recipe)?,
                 None => Vec::new(),
             };
             let chosen = choose(context, problem, recipe, &order).map_err(refuse)?;

@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use sageattn_core::Error;
-use sageattn_shaders::{AttendKernel, Pv};
+use sageattn_shaders::{AttendKernel, Pv, RowGroups};
 
 use crate::attend;
 
@@ -16,6 +16,8 @@ use crate::attend;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Tier {
+    /// Q K^T on matrix cores in 8-bit integers, P V on them in f16: SPIR-V, on Vulkan.
+    MatrixI8,
     /// Cooperative matrices in WGSL, f16 with f32 sums: matrix cores, where wgpu offers them.
     Matrix,
     /// Packed 8-bit dot products, in plain WGSL: on every device.
@@ -24,11 +26,12 @@ pub enum Tier {
 
 impl Tier {
     /// Every tier, in the order in which they are tried when nothing has been measured.
-    pub const ALL: &'static [Self] = &[Self::Matrix, Self::Dot];
+    pub const ALL: &'static [Self] = &[Self::MatrixI8, Self::Matrix, Self::Dot];
 
     /// Its name, as in [`Description::variant`](sageattn_core::Description::variant): `attend_dot_..`.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::MatrixI8 => "matrix_i8",
             Self::Matrix => "matrix",
             Self::Dot => "dot",
         }
@@ -37,6 +40,7 @@ impl Tier {
     /// What the device lacks for this tier, whatever the request.
     pub(crate) fn lacks(self, facts: &Facts) -> Vec<String> {
         match self {
+            Self::MatrixI8 => attend::matrix_i8::lacks(facts),
             Self::Matrix => attend::matrix::lacks(facts),
             Self::Dot => Vec::new(),
         }
@@ -45,6 +49,7 @@ impl Tier {
     /// The tier of a kernel.
     pub(crate) const fn of(kernel: &AttendKernel) -> Self {
         match kernel {
+            AttendKernel::MatrixI8(_) => Self::MatrixI8,
             AttendKernel::Matrix(_) => Self::Matrix,
             AttendKernel::Dot(_) => Self::Dot,
         }
@@ -57,6 +62,7 @@ impl Tier {
             return Err(lacks);
         }
         match self {
+            Self::MatrixI8 => attend::matrix_i8::kernel(facts, request),
             Self::Matrix => attend::matrix::kernel(facts, request),
             Self::Dot => attend::dot::kernel(facts, request),
         }
@@ -99,6 +105,8 @@ pub(crate) struct Facts {
     pub(crate) features: wgpu::Features,
     /// Shapes of cooperative matrices, as the adapter reports them; none without the adapter.
     pub(crate) matrices: Vec<wgpu::CooperativeMatrixProperties>,
+    /// Why it has not the 8-bit matrices of which wgpu does not report, or not as their kernel expects.
+    pub(crate) i8_matrices: Result<(), String>,
     /// The smallest and the largest subgroup that a kernel may meet.
     pub(crate) subgroup: [u32; 2],
     /// Whether matrices may be loaded from arrays of vectors.
@@ -116,6 +124,8 @@ pub(crate) struct Request {
     pub(crate) pairs: usize,
     pub(crate) head_dim: u32,
     pub(crate) pv: Pv,
+    pub(crate) q_groups: RowGroups,
+    pub(crate) k_groups: RowGroups,
 }
 
 /// The kernel for a request: that of the first tier in `order` that takes it.
@@ -150,6 +160,7 @@ pub(crate) mod tests {
             limits: wgpu::Limits::default(),
             features: wgpu::Features::empty(),
             matrices: Vec::new(),
+            i8_matrices: Err("8-bit matrices".to_owned()),
             subgroup: [32, 32],
             vector_items: true,
         }
@@ -164,6 +175,8 @@ pub(crate) mod tests {
             pairs: 32,
             head_dim,
             pv,
+            q_groups: RowGroups::BLOCK_128,
+            k_groups: RowGroups::BLOCK_64,
         }
     }
 

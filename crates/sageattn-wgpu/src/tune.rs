@@ -12,7 +12,7 @@ use sageattn_core::{
     Align, Backend, DType, Error, HostTensor, Layout, Mask, Outputs, Plan, Problem, Recipe, Shape,
     Staged, attend_host,
 };
-use sageattn_shaders::{AttendVariant, Pv};
+use sageattn_shaders::{AttendVariant, Pv, RowGroups};
 
 use crate::device::{Context, Wgpu};
 use crate::tier::{self, Forced, Request, Tier};
@@ -47,6 +47,7 @@ struct Found {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Class {
     pv: Pv,
+    k_groups: RowGroups,
     head_dim: u32,
     /// As few queries as in decoding.
     few: bool,
@@ -56,6 +57,7 @@ impl Class {
     fn of(request: &Request) -> Self {
         Self {
             pv: request.pv,
+            k_groups: request.k_groups,
             head_dim: request.head_dim,
             few: request.q_len <= 16,
         }

@@ -9,6 +9,7 @@
 mod accuracy;
 mod command;
 mod nvrtc;
+mod spirv;
 mod test;
 mod vulkan;
 
@@ -30,12 +31,15 @@ enum Chore {
     Test,
     /// Measure every recipe on every file of tests/data and write docs/results/accuracy.md
     Accuracy,
+    /// Compile the GLSL in shaders/spirv to the SPIR-V beside it
+    Spirv,
 }
 
 fn main() -> ExitCode {
     let outcome = match Args::parse().chore {
         Chore::Test => test::test(),
         Chore::Accuracy => accuracy::accuracy(),
+        Chore::Spirv => spirv::spirv(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

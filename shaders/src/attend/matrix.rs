@@ -31,8 +31,6 @@ pub struct MatrixTile {
     pub staged: bool,
     /// Staged tiles are read from memory one step before they are needed.
     pub ahead: bool,
-    /// Keep the compiler from unrolling the loop over tiles.
-    pub rolled: bool,
     /// Arrays that matrices are loaded from are made of vectors, so that single invocations read and
     /// write 16 bytes at a time. Metal's matrices want arrays of numbers.
     pub vector_items: bool,
@@ -112,10 +110,9 @@ impl MatrixTile {
             (true, false) => "s",
             (true, true) => "sa",
         };
-        let rolled = if self.rolled { "r" } else { "" };
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
-            "_mat{}x{}w{}k{}n{}{q}{staged}{rolled}_lanes{}{items}",
+            "_mat{}x{}w{}k{}n{}{q}{staged}_lanes{}{items}",
             self.side, self.row_mats, self.subgroups, self.key_tile, self.key_step, self.lanes
         )
     }
@@ -144,7 +141,7 @@ impl MatrixTile {
             .number("LANE_ROWS", self.rows().div_ceil(self.invocations()))
             .number("PART_QUADS", self.key_tile / 4 / self.split())
             .flag("AHEAD", self.ahead)
-            .flag("ROLLED", self.rolled)
+            .flag("ROLLED", v.causal && self.channels > 64)
             .number("KEY_TILE", self.key_tile)
             .number("KEY_MATS", self.key_tile / self.side)
             .number("KEY_STEP", self.key_step)
@@ -189,7 +186,6 @@ impl MatrixTile {
             q_resident: true,
             staged: false,
             ahead: false,
-            rolled: true,
             vector_items: true,
             channels,
         };
@@ -202,7 +198,6 @@ impl MatrixTile {
                 q_resident: false,
                 staged: true,
                 ahead: true,
-                rolled: false,
                 ..big
             },
             Self {

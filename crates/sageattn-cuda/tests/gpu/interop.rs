@@ -136,6 +136,13 @@ fn two_threads_of(cuda: &Cuda, recipe: Recipe) -> Result<(), Failed> {
             });
         }
     });
+
+    // Kernels that this thread has loaded, clusters among them, in a plan of a thread that has used no
+    // context yet.
+    let call = Call::new(Shape::mha(1, 16, 1500, 128), DType::F16).by(recipe);
+    let plan = || cuda.plan(&call.problem, &call.recipe).map(|_| ());
+    plan()?;
+    thread::scope(|scope| scope.spawn(plan).join().unwrap())?;
     Ok(())
 }
 

@@ -149,31 +149,20 @@ fn sweep() {
         .iter()
         .any(|m| m.m_size == 16 && m.k_size == 16);
     let side = if big { 16 } else { 8 };
-    // Subgroups, matrices of rows, keys of a tile, matrices of keys at a time, ahead, rolled.
-    let tiles = |head_dim: usize| match head_dim {
-        65.. => [
-            (8, 1, 32, 2, true, false),
-            (8, 1, 32, 2, true, true),
-            (8, 1, 32, 2, false, true),
-            (4, 1, 32, 2, true, true),
-            (4, 2, 16, 1, false, true),
-            (4, 2, 32, 2, false, true),
-            (8, 2, 16, 1, false, true),
-            (8, 1, 16, 1, true, true),
-            (4, 1, 32, 2, false, true),
-        ],
-        _ => [
-            (8, 1, 32, 2, true, true),
-            (4, 2, 32, 2, true, true),
-            (8, 2, 16, 1, true, true),
-            (4, 2, 32, 2, false, true),
-            (4, 2, 16, 1, true, true),
-            (4, 1, 64, 4, true, true),
-            (8, 1, 16, 1, true, true),
-            (4, 1, 32, 2, true, true),
-            (8, 2, 16, 1, true, false),
-        ],
-    };
+    // Subgroups, matrices of rows, keys of a tile, matrices of keys at a time, ahead.
+    let tiles = [
+        (8, 1, 32, 2, true),
+        (8, 1, 32, 2, false),
+        (8, 1, 16, 1, true),
+        (4, 1, 32, 2, true),
+        (8, 2, 16, 1, true),
+        (8, 2, 16, 1, false),
+        (4, 2, 16, 1, true),
+        (4, 2, 16, 1, false),
+        (4, 2, 32, 2, true),
+        (4, 2, 32, 2, false),
+        (4, 1, 64, 4, true),
+    ];
     let dims = std::env::var("SWEEP_DIMS").unwrap_or_else(|_| "128,64".to_owned());
     for head_dim in dims.split(',').filter_map(|dim| dim.parse().ok()) {
         let len = setting("SWEEP_LEN", 8192.0);
@@ -186,7 +175,7 @@ fn sweep() {
         let mut best: Option<(f64, MatrixTile)> = None;
         // In rounds: other work on the device comes and goes.
         let mut rows = Vec::new();
-        for (subgroups, row_mats, key_tile, key_step, ahead, rolled) in tiles(head_dim) {
+        for (subgroups, row_mats, key_tile, key_step, ahead) in tiles {
             let tile = MatrixTile {
                 side,
                 lanes,
@@ -197,7 +186,6 @@ fn sweep() {
                 q_resident: true,
                 staged: true,
                 ahead,
-                rolled,
                 vector_items: facts.vector_items,
                 channels: crate::memory::index(head_dim as u64).next_multiple_of(16),
             };
@@ -208,9 +196,8 @@ fn sweep() {
             let kernel = AttendKernel::Matrix(tile);
             let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
             let name = format!(
-                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} n{key_step} a{} r{} {room} bytes",
-                u8::from(ahead),
-                u8::from(rolled)
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} n{key_step} a{} {room} bytes",
+                u8::from(ahead)
             );
             rows.push((name, tile, forced, String::new()));
         }
