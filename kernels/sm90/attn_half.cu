@@ -31,7 +31,7 @@ constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS, "the last warpgroup to ask would wait for ever");
 
-/// Bytes of a row of an operand tile, and channels of one swizzled panel.
+/// Bytes of a row of an operand tile, and of a row of one of the boxes that it consists of.
 constexpr int WIDTH = HEAD_DIM * 2;
 constexpr int BOX_WIDTH = BOX_CHANNELS * 2;
 constexpr int BOXES = HEAD_DIM / BOX_CHANNELS;
