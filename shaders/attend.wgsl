@@ -6,6 +6,10 @@
 //           lse_bias [pair, q_len]
 //   -> out [batch, heads, q_len, head_dim], lse [pair, q_len]
 //
+// SPLIT, for few queries: a workgroup takes one range of SPLIT_KEYS keys of a KV head, and its rows are
+// the queries of all the query heads that share it, each head's on a multiple of four.
+//   -> floats: partial_o, partial_stats, as decode.wgsl describes them; merge.wgsl makes O and LSE of them
+//
 // One workgroup per ROWS queries and pair. An invocation holds four rows: of the scores the four keys
 // column, column + 16, + 32, + 48 of a tile; of O four channels of every group of 64. The 16 columns of
 // a row meet only in its maximum, once per tile, and in its sums, once at the end.
@@ -79,9 +83,20 @@ fn scale_rows(o: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(o[0] * by.x, o[1] * by.y, o[2] * by.z, o[3] * by.w);
 }
 
+// The maxima of four rows over their 16 columns, in two steps: each column reduces a quarter of one of
+// the rows, and the quarters meet in the vector behind the row's P. That is five vectors read for a
+// second barrier, where each column would else read all sixteen.
 fn row_max(row: u32, column: u32, x: vec4<f32>) -> vec4<f32> {
     share(row, column, x);
-    return vec4<f32>(max_of(row), max_of(row + 1u), max_of(row + 2u), max_of(row + 3u));
+    let own = row + column % 4u;
+    let quarter = column / 4u;
+    p_tile[own * P_STRIDE + P_VECS][quarter] = bitcast<u32>(max_of(columns[own * 4u + quarter]));
+    workgroupBarrier();
+    return vec4<f32>(peak_of(row), peak_of(row + 1u), peak_of(row + 2u), peak_of(row + 3u));
+}
+
+fn peak_of(row: u32) -> f32 {
+    return max_of(bitcast<vec4<f32>>(p_tile[row * P_STRIDE + P_VECS]));
 }
 
 fn row_sum(row: u32, column: u32, x: vec4<f32>) -> vec4<f32> {
@@ -99,9 +114,7 @@ fn share(row: u32, column: u32, x: vec4<f32>) {
     workgroupBarrier();
 }
 
-fn max_of(row: u32) -> f32 {
-    let at = row * 4u;
-    let x = max(max(columns[at], columns[at + 1u]), max(columns[at + 2u], columns[at + 3u]));
+fn max_of(x: vec4<f32>) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }
 
@@ -111,26 +124,87 @@ fn sum_of(row: u32) -> f32 {
     return (x.x + x.y) + (x.z + x.w);
 }
 
-fn stage_queries(lane: u32, at: u32, chunk: u32) {
+// Where a row of the queries of `pair` is: itself, or, where heads are packed, `pair` is a KV head's and
+// the row one of a query head that shares it. Rows behind the last one repeat its head's.
+struct Query {
+    pair: u32,
+    index: u32,
+}
+
+// Rows of a packed head: an invocation's four rows are of one head.
+fn pitch() -> u32 {
+    return (params.q_len + 3u) & ~3u;
+}
+
+fn query_of(pair: u32, row: u32) -> Query {
+    if (SPLIT) {
+        let head = min(row / pitch(), params.heads_per_kv - 1u);
+        return Query(pair * params.heads_per_kv + head, row % pitch());
+    }
+    return Query(pair, row);
+}
+
+fn stage_queries(lane: u32, pair: u32, first_row: u32, chunk: u32) {
     for (var i = lane; i < ROWS * QK_VECS; i += THREADS) {
         let row = i / QK_VECS;
         let vec = i % QK_VECS;
-        staged[row * QK_STRIDE + vec] = q_codes[at + row * (QK_DIM / 16u) + chunk * QK_VECS + vec];
+        let query = query_of(pair, first_row + row);
+        let at = params.q_codes + (query.pair * params.q_padded + query.index) * (QK_DIM / 16u);
+        staged[row * QK_STRIDE + vec] = q_codes[at + chunk * QK_VECS + vec];
     }
 }
 
+// Vectors of one staged chunk of K and of V, as they lie in memory and where they are staged. Where an
+// invocation has few of them it holds them: HELD_KEYS and HELD_VALUES of them are read well before their
+// place is free.
+const KEY_VECTORS: u32 = KEY_TILE * QK_VECS;
+const VALUE_VECTORS: u32 = V_ROWS * V_VECS;
+
+fn read_key(at: u32, i: u32) -> vec4<u32> {
+    return k_codes[at + (i / QK_VECS) * (QK_DIM / 16u) + i % QK_VECS];
+}
+
+fn put_key(i: u32, x: vec4<u32>) {
+    staged[K_AT + (i / QK_VECS) * QK_STRIDE + i % QK_VECS] = x;
+}
+
+fn read_value(at: u32, i: u32) -> vec4<u32> {
+    return values[at + (i / V_VECS) * (PV_DIM / 4u) + i % V_VECS];
+}
+
 fn stage_keys(lane: u32, at: u32, chunk: u32) {
-    for (var i = lane; i < KEY_TILE * QK_VECS; i += THREADS) {
-        let key = i / QK_VECS;
-        let vec = i % QK_VECS;
-        staged[K_AT + key * QK_STRIDE + vec] = k_codes[at + key * (QK_DIM / 16u) + chunk * QK_VECS + vec];
+    for (var i = lane; i < KEY_VECTORS; i += THREADS) {
+        put_key(i, read_key(at + chunk * QK_VECS, i));
     }
 }
 
 fn stage_values(lane: u32, at: u32, group: u32) {
-    for (var i = lane; i < V_ROWS * V_VECS; i += THREADS) {
-        staged[V_AT + i] = values[at + (i / V_VECS) * (PV_DIM / 4u) + group * 16u + i % V_VECS];
+    for (var i = lane; i < VALUE_VECTORS; i += THREADS) {
+        staged[V_AT + i] = read_value(at + group * 16u, i);
     }
+}
+
+// Whether there is an i-th vector to be held: where the invocations share them evenly, always.
+fn is_key(i: u32) -> bool {
+    return KEY_VECTORS % THREADS == 0u || i < KEY_VECTORS;
+}
+
+fn is_value(i: u32) -> bool {
+    return VALUE_VECTORS % THREADS == 0u || i < VALUE_VECTORS;
+}
+
+fn hold_key(at: u32, i: u32) -> vec4<u32> {
+    if (is_key(i)) {
+        return read_key(at, i);
+    }
+    return vec4<u32>();
+}
+
+fn hold_value(at: u32, i: u32) -> vec4<u32> {
+    if (is_value(i)) {
+        return read_value(at, i);
+    }
+    return vec4<u32>();
 }
 
 // Adds the products of the staged channels: four rows against the keys column, + 16, + 32, + 48.
@@ -192,22 +266,48 @@ fn write_row(place: Place, query: u32, column: u32, row: Row) {
     }
 }
 
+// Four channels of four rows, not divided yet: one vector of rows per channel.
+fn write_partial(place: u32, quad: u32, o: mat4x4<f32>) {
+    if (quad / 2u >= COLUMNS_OF_8) {
+        return;
+    }
+    let rows = transpose(o);
+    let at = params.partial_o + place * 8u * COLUMNS_OF_8 + (quad % 2u) * 4u * COLUMNS_OF_8 + quad / 2u;
+    write_vector(at, rows[0]);
+    write_vector(at + COLUMNS_OF_8, rows[1]);
+    write_vector(at + 2u * COLUMNS_OF_8, rows[2]);
+    write_vector(at + 3u * COLUMNS_OF_8, rows[3]);
+}
+
+fn write_vector(at: u32, x: vec4<f32>) {
+    floats[4u * at] = x.x;
+    floats[4u * at + 1u] = x.y;
+    floats[4u * at + 2u] = x.z;
+    floats[4u * at + 3u] = x.w;
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    // A query head's, or where heads are packed a KV head's.
     let pair = params.first_pair + group.y;
     let batch = pair / params.heads;
     let head = pair % params.heads;
     let kv_heads = params.heads / params.heads_per_kv;
-    let kv_pair = batch * kv_heads + head / params.heads_per_kv;
+    let kv_pair = select(batch * kv_heads + head / params.heads_per_kv, pair, SPLIT);
     var tile = params.first_tile + group.x;
-    if (CAUSAL) {
+    var begin = 0u;
+    if (SPLIT) {
+        begin = (tile / params.tiles) * SPLIT_KEYS;
+        tile = tile % params.tiles;
+    } else if (CAUSAL) {
         // The last queries see the most keys: they start first, so that no long tile runs alone.
         tile = params.tiles - 1u - tile;
     }
     let first_row = tile * ROWS;
     let column = lane % COLUMNS;
     let row = 4u * (lane / COLUMNS);
-    let query = first_row + row;
+    let q_pair = query_of(pair, first_row + row).pair;
+    let query = query_of(pair, first_row + row).index;
 
     let visible = vec4<u32>(
         visible_keys(query),
@@ -216,18 +316,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         visible_keys(query + 3u),
     );
     // The keys that any row of the workgroup sees, and those that every row sees.
-    let end = visible_keys(min(first_row + ROWS, params.q_len) - 1u);
-    let unmasked = visible_keys(first_row);
+    var end = visible_keys(min(first_row + ROWS, params.q_len) - 1u);
+    var unmasked = visible_keys(first_row);
+    if (SPLIT) {
+        end = min(visible_keys(params.q_len - 1u), begin + SPLIT_KEYS);
+        unmasked = visible_keys(0u);
+    }
 
-    let q_at = params.q_codes + (pair * params.q_padded + first_row) * (QK_DIM / 16u);
     let row_scale = params.score_scale * vec4<f32>(
-        q_scale(pair, query),
-        q_scale(pair, query + 1u),
-        q_scale(pair, query + 2u),
-        q_scale(pair, query + 3u),
+        q_scale(q_pair, query),
+        q_scale(q_pair, query + 1u),
+        q_scale(q_pair, query + 2u),
+        q_scale(q_pair, query + 3u),
     );
     if (Q_RESIDENT) {
-        stage_queries(lane, q_at, 0u);
+        stage_queries(lane, pair, first_row, 0u);
     }
 
     var state = State();
@@ -236,8 +339,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var o1 = mat4x4<f32>();
     var o2 = mat4x4<f32>();
     var o3 = mat4x4<f32>();
-    for (var key = 0u; key < end; key += KEY_TILE) {
-        let k_at = params.k_codes + (kv_pair * params.kv_padded + key) * (QK_DIM / 16u);
+    // Padded to whole tiles: the first is there even where no key is seen.
+    let k_start = params.k_codes + kv_pair * params.kv_padded * (QK_DIM / 16u);
+    //# for l in HELD_KEYS
+    var key_$l = hold_key(k_start + begin * (QK_DIM / 16u), lane + $lu * THREADS);
+    //# end
+    for (var key = begin; key < end; key += KEY_TILE) {
+        let k_at = k_start + key * (QK_DIM / 16u);
         let v_at = params.values
             + (kv_pair * (params.kv_padded / KEY_TILE) + key / KEY_TILE) * (V_TILE_ROWS * (PV_DIM / 4u));
         let boundary = key + KEY_TILE > unmasked;
@@ -249,9 +357,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var products = Products();
         for (var chunk = 0u; chunk < QK_CHUNKS; chunk++) {
             if (!Q_RESIDENT) {
-                stage_queries(lane, q_at, chunk);
+                stage_queries(lane, pair, first_row, chunk);
             }
+            //# if HELD_KEYS
+            //# for l in HELD_KEYS
+            if (is_key(lane + $lu * THREADS)) { put_key(lane + $lu * THREADS, key_$l); }
+            //# end
+            //# else
             stage_keys(lane, k_at, chunk);
+            //# end
             workgroupBarrier();
             products = multiply(row, column, products);
             if (chunk + 1u < QK_CHUNKS) {
@@ -259,18 +373,30 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
 
+        //# for l in HELD_VALUES
+        let value_$l = hold_value(v_at, lane + $lu * THREADS);
+        //# end
+
         // Softmax
+        var s: Scores;
+        //# if ONE_KEY_SCALE
+        let scales = row_scale * key_scales[column];
+        s.r0 = vec4<f32>(products.r0) * scales.x;
+        s.r1 = vec4<f32>(products.r1) * scales.y;
+        s.r2 = vec4<f32>(products.r2) * scales.z;
+        s.r3 = vec4<f32>(products.r3) * scales.w;
+        //# else
         let scales = vec4<f32>(
             key_scales[column],
             key_scales[column + 16u],
             key_scales[column + 32u],
             key_scales[column + 48u],
         );
-        var s: Scores;
         s.r0 = vec4<f32>(products.r0) * row_scale.x * scales;
         s.r1 = vec4<f32>(products.r1) * row_scale.y * scales;
         s.r2 = vec4<f32>(products.r2) * row_scale.z * scales;
         s.r3 = vec4<f32>(products.r3) * row_scale.w * scales;
+        //# end
         if (boundary) {
             let keys = vec4<u32>(key + column) + vec4<u32>(0u, 16u, 32u, 48u);
             s.r0 = mask_row(s.r0, keys, visible.x);
@@ -284,13 +410,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             max(max(s.r2.x, s.r2.y), max(s.r2.z, s.r2.w)),
             max(max(s.r3.x, s.r3.y), max(s.r3.z, s.r3.w)),
         );
-        // The barrier inside also ends the reading of K: V may take its place.
+        // The barriers inside also end the reading of K: V may take its place.
         let tile_max = row_max(row, column, own_max);
         weigh(row, column, s, tile_max, boundary, &state);
 
         // P V
+        //# if HELD_VALUES
+        //# for l in HELD_VALUES
+        if (is_value(lane + $lu * THREADS)) { staged[V_AT + lane + $lu * THREADS] = value_$l; }
+        //# end
+        //# else
         stage_values(lane, v_at, 0u);
+        //# end
         workgroupBarrier();
+        // Behind the last tile it is read again: a branch would cost more.
+        let next_key = min(key + KEY_TILE, params.kv_padded - KEY_TILE);
+        //# for l in HELD_KEYS
+        key_$l = hold_key(k_start + next_key * (QK_DIM / 16u), lane + $lu * THREADS);
+        //# end
         accumulate(row, column, state, v_at, 0u, &o0, &o1);
         if (CHUNK_GROUPS == 1u && GROUPS > 1u) {
             workgroupBarrier();
@@ -319,6 +456,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var unrounded = vec4<f32>();
     if (LSE) {
         unrounded = row_sum(row, column, state.unrounded);
+    }
+    if (SPLIT) {
+        let packs = params.heads_per_kv * (pitch() / 4u);
+        let pack = (first_row + row) / 4u;
+        if (pack < packs) {
+            let at = (pair * packs + pack) * params.splits + begin / SPLIT_KEYS;
+            write_partial(at, column, o0);
+            if (GROUPS > 1u) { write_partial(at, column + 16u, o1); }
+            if (GROUPS > 2u) { write_partial(at, column + 32u, o2); }
+            if (GROUPS > 3u) { write_partial(at, column + 48u, o3); }
+            if (column == 0u) {
+                write_vector(params.partial_stats + at * 3u, state.maximum);
+                write_vector(params.partial_stats + at * 3u + 1u, sum);
+                write_vector(params.partial_stats + at * 3u + 2u, unrounded);
+            }
+        }
+        return;
     }
     let place = Place(batch, head, pair, params.v_scales + kv_pair * HEAD_DIM);
     write_row(place, query, column, Row(o0[0], o1[0], o2[0], o3[0], state.maximum.x, sum.x, unrounded.x));

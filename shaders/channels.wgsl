@@ -6,7 +6,7 @@
 // per level instead of one per row.
 
 @group(0) @binding(0) var<uniform> params: TensorParams;
-@group(0) @binding(1) var<storage, read> tensor: array<u32>;
+@group(0) @binding(1) var<storage, read> tensor: array<element>;
 @group(0) @binding(2) var<storage, read_write> floats: array<f32>;
 
 var<workgroup> lanes: array<vec4<f32>, 256>;

@@ -11,7 +11,7 @@
 // Rows and channels past the end get code 0 and never count in a maximum.
 
 @group(0) @binding(0) var<uniform> params: TensorParams;
-@group(0) @binding(1) var<storage, read> tensor: array<u32>;
+@group(0) @binding(1) var<storage, read> tensor: array<element>;
 @group(0) @binding(2) var<storage, read_write> data: array<u32>;
 @group(0) @binding(3) var<storage, read_write> floats: array<f32>;
 

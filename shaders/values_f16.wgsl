@@ -7,7 +7,7 @@
 // RANGED: each channel is divided by its power of two from channels_finish.wgsl.
 
 @group(0) @binding(0) var<uniform> params: TensorParams;
-@group(0) @binding(1) var<storage, read> tensor: array<u32>;
+@group(0) @binding(1) var<storage, read> tensor: array<element>;
 @group(0) @binding(2) var<storage, read_write> data: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read_write> floats: array<f32>;
 

@@ -8,11 +8,13 @@
 // it back. Keys and channels past the end have code 0.
 
 @group(0) @binding(0) var<uniform> params: TensorParams;
-@group(0) @binding(1) var<storage, read> tensor: array<u32>;
+@group(0) @binding(1) var<storage, read> tensor: array<element>;
 @group(0) @binding(2) var<storage, read_write> data: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read_write> floats: array<f32>;
 
 var<workgroup> sums: array<atomic<i32>, PV_DIM>;
+// One over the scales, computed once: a division each.
+var<workgroup> inverses: array<vec4<f32>, PV_DIM / 4u>;
 
 fn inverse_scale(pair: u32, channel: u32) -> f32 {
     if (channel >= HEAD_DIM) {
@@ -39,17 +41,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (lane < PV_DIM) {
         atomicStore(&sums[lane], 0);
     }
-    workgroupBarrier();
-    for (var i = lane; i < 16u * quads; i += 256u) {
-        let w = i / quads;
-        let quad = i % quads;
-        let c = 4u * quad;
-        let inverse = vec4<f32>(
+    if (lane < quads) {
+        let c = 4u * lane;
+        inverses[lane] = vec4<f32>(
             inverse_scale(pair, c),
             inverse_scale(pair, c + 1u),
             inverse_scale(pair, c + 2u),
             inverse_scale(pair, c + 3u),
         );
+    }
+    workgroupBarrier();
+    for (var i = lane; i < 16u * quads; i += 256u) {
+        let w = i / quads;
+        let quad = i % quads;
+        let c = 4u * quad;
+        let inverse = inverses[quad];
         let key = 64u * tile + w;
         let k0 = key_codes(params.view, batch, head, key, quad, inverse);
         let k1 = key_codes(params.view, batch, head, key + 16u, quad, inverse);

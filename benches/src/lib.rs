@@ -27,9 +27,10 @@ use sageattn_core::{Backend, Error, Recipe};
 
 pub use measure::measure;
 
-const SUITES: [(&str, &str); 4] = [
+const SUITES: [(&str, &str); 5] = [
     ("quick", include_str!("../suites/quick.toml")),
     ("field", include_str!("../suites/field.toml")),
+    ("decode", include_str!("../suites/decode.toml")),
     ("lengths", include_str!("../suites/lengths.toml")),
     ("portable", include_str!("../suites/portable.toml")),
 ];
@@ -126,7 +127,7 @@ pub enum Event<'a> {
 }
 
 /// The names of the suites.
-pub fn suites() -> [&'static str; 4] {
+pub fn suites() -> [&'static str; 5] {
     SUITES.map(|(name, _)| name)
 }
 

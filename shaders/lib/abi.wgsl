@@ -43,6 +43,57 @@ struct TensorParams {
     unused: u32,
 }
 
+// A few queries against one range of keys each.
+struct DecodeParams {
+    q: View,
+    k: View,
+    v: View,
+    // Query heads per batch in the bound slice, and how many of them share one KV head.
+    heads: u32,
+    heads_per_kv: u32,
+    // The first (batch, KV head) pair and the first block, a pack of a split, of this dispatch.
+    first_pair: u32,
+    first_block: u32,
+    // Packs of four query rows per KV head, and ranges of keys.
+    packs: u32,
+    splits: u32,
+    q_len: u32,
+    kv_len: u32,
+    // How many keys row 0 sees beyond its own index plus one, under a causal mask.
+    causal_shift: i32,
+    // First vec4 of the slice in `floats`.
+    partial_o: u32,
+    partial_stats: u32,
+    // Softmax scale times log2(e).
+    score_scale: f32,
+}
+
+// The ranges' results put together.
+struct MergeParams {
+    out: View,
+    // As in DecodeParams; a block is a group of channels of a pack.
+    heads: u32,
+    heads_per_kv: u32,
+    first_pair: u32,
+    first_block: u32,
+    packs: u32,
+    splits: u32,
+    q_len: u32,
+    // Rows of the packs that each query head takes: q_len, or more where heads are not packed densely.
+    pitch: u32,
+    // First vec4 of the slice in `floats`.
+    partial_o: u32,
+    partial_stats: u32,
+    // First f32 of the slice in `floats`, for each range kept there.
+    v_scales: u32,
+    lse_bias: u32,
+    // First f32 of the slice in `lse`.
+    lse: u32,
+    unused0: u32,
+    unused1: u32,
+    unused2: u32,
+}
+
 struct AttendParams {
     out: View,
     // Query heads per batch in the bound slice, and how many of them share one KV head.
@@ -74,7 +125,8 @@ struct AttendParams {
     lse: u32,
     // Softmax scale times log2(e).
     score_scale: f32,
-    unused0: u32,
-    unused1: u32,
-    unused2: u32,
+    // Where keys are split: ranges, and the first vec4 of the slice in `floats` of their results.
+    splits: u32,
+    partial_o: u32,
+    partial_stats: u32,
 }

@@ -1,5 +1,23 @@
 // Reads four neighbouring channels of a row of `tensor` as f32; channels past HEAD_DIM are zero.
+
+//# if WHOLE_QUADS
+// Rows start on 16 bytes and end with a quad: 8 bytes at a time.
+alias element = vec2<u32>;
+
+fn load_quad(start: u32, quad: u32) -> vec4<f32> {
+    if (4u * quad >= HEAD_DIM) {
+        return vec4<f32>();
+    }
+    if (DTYPE == DTYPE_F32) {
+        let at = start / 2u + 2u * quad;
+        return vec4<f32>(bitcast<vec2<f32>>(tensor[at]), bitcast<vec2<f32>>(tensor[at + 1u]));
+    }
+    let pairs = tensor[start / 2u + quad];
+    return vec4<f32>(unpack_pair(pairs.x), unpack_pair(pairs.y));
+}
+//# else
 // Words are read only where a channel of this row lies in them.
+alias element = u32;
 
 fn load_quad(start: u32, quad: u32) -> vec4<f32> {
     let channel = 4u * quad;
@@ -25,6 +43,7 @@ fn load_quad(start: u32, quad: u32) -> vec4<f32> {
     }
     return x;
 }
+//# end
 
 fn unpack_pair(word: u32) -> vec2<f32> {
     if (DTYPE == DTYPE_BF16) {

@@ -56,6 +56,82 @@ pub struct TensorParams {
     pub unused: u32,
 }
 
+/// Parameters of the decoding kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct DecodeParams {
+    /// The queries.
+    pub q: View,
+    /// The keys.
+    pub k: View,
+    /// The values.
+    pub v: View,
+    /// Query heads per batch in the bound slice.
+    pub heads: u32,
+    /// Query heads that share one KV head.
+    pub heads_per_kv: u32,
+    /// First (batch, KV head) pair of the dispatch.
+    pub first_pair: u32,
+    /// First block, a pack of a split, of the dispatch.
+    pub first_block: u32,
+    /// Packs of four query rows per KV head.
+    pub packs: u32,
+    /// Ranges of keys.
+    pub splits: u32,
+    /// Queries per head.
+    pub q_len: u32,
+    /// Keys per head.
+    pub kv_len: u32,
+    /// How many keys row 0 sees beyond one, under a causal mask.
+    pub causal_shift: i32,
+    /// First partial result of the slice in the binding `floats`, in `vec4`.
+    pub partial_o: u32,
+    /// First statistics of the slice in `floats`, in `vec4`.
+    pub partial_stats: u32,
+    /// Softmax scale times log2(e).
+    pub score_scale: f32,
+}
+
+/// Parameters of the merging kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct MergeParams {
+    /// The output.
+    pub out: View,
+    /// Query heads per batch in the bound slice.
+    pub heads: u32,
+    /// Query heads that share one KV head.
+    pub heads_per_kv: u32,
+    /// First (batch, KV head) pair of the dispatch.
+    pub first_pair: u32,
+    /// First block, a group of channels of a pack, of the dispatch.
+    pub first_block: u32,
+    /// Packs of four query rows per KV head.
+    pub packs: u32,
+    /// Ranges of keys.
+    pub splits: u32,
+    /// Queries per head.
+    pub q_len: u32,
+    /// Rows of the packs that each query head takes.
+    pub pitch: u32,
+    /// First partial result of the slice in the binding `floats`, in `vec4`.
+    pub partial_o: u32,
+    /// First statistics of the slice in `floats`, in `vec4`.
+    pub partial_stats: u32,
+    /// First V scale of the slice in `floats`.
+    pub v_scales: u32,
+    /// First LSE correction of the slice in `floats`.
+    pub lse_bias: u32,
+    /// First element of the slice in the binding `lse`.
+    pub lse: u32,
+    /// Padding to 16 bytes.
+    pub unused0: u32,
+    /// Padding to 16 bytes.
+    pub unused1: u32,
+    /// Padding to 16 bytes.
+    pub unused2: u32,
+}
+
 /// Parameters of the attention kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -104,10 +180,10 @@ pub struct AttendParams {
     pub lse: u32,
     /// Softmax scale times log2(e).
     pub score_scale: f32,
-    /// Padding to 16 bytes.
-    pub unused0: u32,
-    /// Padding to 16 bytes.
-    pub unused1: u32,
-    /// Padding to 16 bytes.
-    pub unused2: u32,
+    /// Ranges of keys, where they are split.
+    pub splits: u32,
+    /// First partial result of the slice in `floats`, in `vec4`.
+    pub partial_o: u32,
+    /// First statistics of the slice in `floats`, in `vec4`.
+    pub partial_stats: u32,
 }

@@ -190,13 +190,27 @@ impl AttendVariant {
         matches!(self.kernel, AttendKernel::Matrix(_))
     }
 
+    /// Whether keys 16 apart share one scale within a tile.
+    const fn k_columns_uniform(&self) -> bool {
+        self.k_groups.block.is_multiple_of(KEY_TILE) && 16 % self.k_groups.modulus == 0
+    }
+
     /// Whether all keys of a tile share one scale.
     const fn k_uniform(&self, key_tile: u32) -> bool {
         self.k_groups.slots == 1 && self.k_groups.block.is_multiple_of(key_tile)
     }
 
+    /// Keys of a workgroup's range where keys are split over workgroups; `None` where they are not.
+    pub const fn split(&self) -> Option<u32> {
+        match self.kernel {
+            AttendKernel::Dot(DotTile { split: 0, .. }) => None,
+            AttendKernel::Dot(tile) => Some(tile.split),
+            AttendKernel::Matrix(_) | AttendKernel::MatrixI8(_) => None,
+        }
+    }
+
     /// Whether V has a factor per channel.
-    const fn v_scaled(&self) -> bool {
+    pub const fn v_scaled(&self) -> bool {
         match self.pv {
             Pv::F16 => !matches!(self.dtype, DType::F16),
             Pv::I8 => true,

@@ -16,6 +16,7 @@
 
 pub mod abi;
 mod attend;
+mod decode;
 pub mod spirv;
 mod unroll;
 mod variant;
@@ -23,6 +24,9 @@ mod variant;
 use unroll::{Constants, unroll};
 
 pub use attend::*;
+pub use decode::{
+    DecodeTile, DecodeVariant, MERGE_CHANNELS, MergeVariant, PACK_ROWS, decode_columns,
+};
 pub use variant::*;
 
 /// The parameter blocks, as the kernels declare them.
@@ -31,8 +35,9 @@ pub const ABI_WGSL: &str = include_str!("../lib/abi.wgsl");
 /// Keys per step of the attention kernel, and per tile of V as it is laid out.
 pub const KEY_TILE: u32 = 64;
 
-/// Rows of K or V that one workgroup reduces to one partial result per channel.
-pub const SPLIT_ROWS: u32 = 512;
+/// Rows of K or V that one workgroup reduces to one partial result per channel: eight for each of its
+/// row lanes, few enough that a few thousand rows of a head keep a large GPU busy.
+pub const SPLIT_ROWS: u32 = 128;
 
 /// A composed kernel: its entry point is `main`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +94,11 @@ const VALUES_I8: Part = part!("values_i8.wgsl");
 const ATTENTION: Part = part!("lib/attention.wgsl");
 const ATTEND: Part = part!("attend.wgsl");
 const ATTEND_MATRIX: Part = part!("attend_matrix.wgsl");
+const EIGHT: Part = part!("lib/eight.wgsl");
+const READ_VECTORS: Part = part!("lib/read_vectors.wgsl");
+const READ_WORDS: Part = part!("lib/read_words.wgsl");
+const DECODE: Part = part!("decode.wgsl");
+const MERGE: Part = part!("merge.wgsl");
 const SELF_TEST: Part = part!("self_test.wgsl");
 
 /// The `const` lines at the head of a module.

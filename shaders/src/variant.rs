@@ -2,8 +2,9 @@
 
 use crate::spirv::MATRIX_LAYOUT;
 use crate::{
-    ABI, AttendVariant, CHANNELS, CHANNELS_FINISH, CODES, Codes, HALF, Kernel, LOAD, Prelude,
-    QUANTIZE_ROWS, RANGE, SELF_TEST, SPLIT_ROWS, Source, VALUES_F16, VALUES_I8, VALUES_ROWS,
+    ABI, AttendVariant, CHANNELS, CHANNELS_FINISH, CODES, Codes, DecodeVariant, HALF, Kernel, LOAD,
+    MergeVariant, Prelude, QUANTIZE_ROWS, RANGE, SELF_TEST, SPLIT_ROWS, Source, VALUES_F16,
+    VALUES_I8, VALUES_ROWS,
 };
 
 /// Invocations of the workgroups of every stage but the attention kernel.
@@ -189,6 +190,10 @@ pub enum Variant {
     ValuesI8(ValuesVariant),
     /// The attention kernel.
     Attend(AttendVariant),
+    /// Decoding: a few queries against ranges of keys.
+    Decode(DecodeVariant),
+    /// The ranges' results put together.
+    Merge(MergeVariant),
     /// The device self-test.
     SelfTest,
     /// Which elements of matrices invocations hold.
@@ -225,6 +230,8 @@ impl Variant {
             Self::ValuesRows(v) => format!("values_rows_{}p{}", v.name(), v.pv_dim),
             Self::ValuesI8(v) => format!("values_i8_{}", v.name()),
             Self::Attend(v) => v.name(),
+            Self::Decode(v) => v.name(),
+            Self::Merge(v) => v.name(),
             Self::SelfTest => "self_test".to_owned(),
             Self::MatrixLayout => MATRIX_LAYOUT.name.to_owned(),
         }
@@ -290,6 +297,8 @@ impl Variant {
                 prelude.compose(name, &[ABI, LOAD, CODES, VALUES_I8])
             }
             Self::Attend(v) => v.compose(prelude, native),
+            Self::Decode(v) => v.compose(prelude, native),
+            Self::Merge(v) => v.compose(prelude, native),
             Self::SelfTest => prelude.compose(name, &[SELF_TEST]),
             Self::MatrixLayout => Kernel {
                 name,
@@ -340,6 +349,8 @@ impl Variant {
                     }));
                 }
                 all.extend(AttendVariant::samples(dtype, head_dim).map(Self::Attend));
+                all.extend(DecodeVariant::samples(dtype, head_dim).map(Self::Decode));
+                all.extend(MergeVariant::samples(dtype, head_dim).map(Self::Merge));
             }
         }
         all
@@ -360,6 +371,7 @@ impl Prelude {
             .number("DTYPE", dtype.number())
             .number("HEAD_DIM", head_dim)
             .number("QUADS", head_dim.div_ceil(4))
+            .flag("WHOLE_QUADS", head_dim.is_multiple_of(4))
     }
 
     pub(crate) fn groups(self, prefix: &str, groups: RowGroups) -> Self {

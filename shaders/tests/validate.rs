@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use sageattn_shaders::abi::{AttendParams, TensorParams, View};
+use sageattn_shaders::abi::{AttendParams, DecodeParams, MergeParams, TensorParams, View};
 use sageattn_shaders::{ABI_WGSL, Kernel, Native, Source, Variant};
 
 /// Parses and validates a variant with the capabilities that it may ask for and no others.
@@ -71,8 +71,10 @@ fn the_replacements_for_broken_instructions_validate() {
 #[test]
 fn workgroup_memory_is_what_the_tile_says() {
     for variant in variants() {
-        let Variant::Attend(attend) = variant else {
-            continue;
+        let (bytes, invocations) = match variant {
+            Variant::Attend(v) => (v.workgroup_bytes(), v.invocations()),
+            Variant::Decode(v) => (v.workgroup_bytes(), v.tile.invocations),
+            _ => continue,
         };
         let (kernel, module) = validate(&variant, Native::ALL).unwrap();
         let mut layouter = naga::proc::Layouter::default();
@@ -83,9 +85,9 @@ fn workgroup_memory_is_what_the_tile_says() {
             .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
             .map(|(_, v)| layouter[v.ty].size)
             .sum();
-        assert_eq!(declared, attend.workgroup_bytes(), "{}", kernel.name);
+        assert_eq!(declared, bytes, "{}", kernel.name);
         let size = module.entry_points[0].workgroup_size;
-        assert_eq!(size, [attend.invocations(), 1, 1], "{}", kernel.name);
+        assert_eq!(size, [invocations, 1, 1], "{}", kernel.name);
     }
 }
 
@@ -138,6 +140,42 @@ fn host_structs_match_the_shaders() {
         softmax_scale,
         unused
     });
+    check!(DecodeParams {
+        q,
+        k,
+        v,
+        heads,
+        heads_per_kv,
+        first_pair,
+        first_block,
+        packs,
+        splits,
+        q_len,
+        kv_len,
+        causal_shift,
+        partial_o,
+        partial_stats,
+        score_scale
+    });
+    check!(MergeParams {
+        out,
+        heads,
+        heads_per_kv,
+        first_pair,
+        first_block,
+        packs,
+        splits,
+        q_len,
+        pitch,
+        partial_o,
+        partial_stats,
+        v_scales,
+        lse_bias,
+        lse,
+        unused0,
+        unused1,
+        unused2
+    });
     check!(AttendParams {
         out,
         heads,
@@ -161,8 +199,8 @@ fn host_structs_match_the_shaders() {
         lse_bias,
         lse,
         score_scale,
-        unused0,
-        unused1,
-        unused2
+        splits,
+        partial_o,
+        partial_stats
     });
 }

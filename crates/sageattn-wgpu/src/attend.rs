@@ -8,10 +8,11 @@ pub(crate) mod matrix_i8;
 mod sweep;
 
 use sageattn_core::{Align, Error, Mask};
-use sageattn_shaders::Variant;
 use sageattn_shaders::abi::AttendParams;
+use sageattn_shaders::{MergeVariant, Variant};
 
 use crate::memory::{Binder, Side, Slice, index, padded};
+use crate::merge::RangeResults;
 use crate::pipeline::{Step, cut};
 use crate::plan::Kernels;
 
@@ -28,7 +29,17 @@ impl Kernels {
         let (values, v_start) = binder.scratch(&w.values, slice, Side::Kv);
         let (out, out_view) = binder.tensor("out", binder.io.out(), slice, Side::Q)?;
         let (lse, lse_start) = binder.lse(slice)?;
-        let tiles = shape.q_len.div_ceil(self.attend.rows() as usize) as u64;
+        let kv_pairs = slice.pairs(Side::Kv).1;
+        let pitch = shape.q_len.next_multiple_of(4);
+        // Where keys are split, query heads are packed by KV head, and each tile is there per range.
+        let (rows, pairs) = match &w.results {
+            None => (shape.q_len, q_pairs),
+            Some(_) => (shape.heads_per_kv() * pitch, kv_pairs),
+        };
+        let tiles = rows.div_ceil(self.attend.rows() as usize) as u64;
+        let splits = w.results.as_ref().map_or(1, RangeResults::splits);
+        let starts = w.results.as_ref().map(|r| r.starts(binder, slice));
+        let [partial_o, partial_stats] = starts.unwrap_or_default();
         let params = AttendParams {
             out: out_view,
             heads: index(slice.heads(Side::Q).1 as u64),
@@ -50,10 +61,14 @@ impl Kernels {
             lse_bias: w.float_index(w.lse_bias.as_ref(), q_pair),
             lse: index(lse_start / 4),
             score_scale: problem.softmax_scale() * std::f32::consts::LOG2_E,
+            splits: index(splits),
+            partial_o,
+            partial_stats,
             ..AttendParams::default()
         };
         let rows = u64::from(self.attend.rows());
-        let ops = 4 * rows * shape.kv_len as u64 * u64::from(self.attend.head_dim);
+        let keys = self.attend.split().map_or(shape.kv_len as u64, u64::from);
+        let ops = 4 * rows * keys * u64::from(self.attend.head_dim);
         let context = binder.context;
         Ok(Step {
             stage: "attend",
@@ -63,8 +78,8 @@ impl Kernels {
             bindings: vec![q_codes, k_codes, values, binder.floats(), out, lse],
             dispatches: cut(
                 context,
-                tiles,
-                q_pairs as u64,
+                tiles * splits,
+                pairs as u64,
                 ops,
                 |first_tile, first_pair| {
                     let params = AttendParams {
@@ -79,8 +94,28 @@ impl Kernels {
     }
 }
 
+impl Kernels {
+    /// The merge of the ranges' results on one slice, where keys are split.
+    pub(crate) fn merge<'a>(
+        &self,
+        binder: &Binder<'a>,
+        slice: &Slice,
+    ) -> Option<Result<Step<'a>, Error>> {
+        let variant = MergeVariant {
+            dtype: self.attend.dtype,
+            head_dim: self.attend.head_dim,
+            lse: self.attend.lse,
+            lse_bias: self.attend.lse_bias,
+            v_scaled: self.attend.v_scaled(),
+        };
+        let pitch = binder.io.problem().shape().q_len.next_multiple_of(4);
+        let results = binder.workspace.results.as_ref()?;
+        Some(results.merge(binder, slice, variant, pitch))
+    }
+}
+
 /// How many keys query 0 sees beyond one.
-fn causal_shift(mask: Mask, q_len: usize, kv_len: usize) -> i32 {
+pub(crate) fn causal_shift(mask: Mask, q_len: usize, kv_len: usize) -> i32 {
     match mask {
         Mask::Causal(Align::BottomRight) => {
             // Lengths are at most 2^30, so the difference fits.

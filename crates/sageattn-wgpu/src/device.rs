@@ -349,8 +349,8 @@ impl Backend for Wgpu {
         plan::supports(&self.context, problem, recipe)
     }
 
-    /// `sage1-b` where a tier of matrix cores takes it; else `i8-i8-dyn`, whose two products are both
-    /// packed dot products.
+    /// `half` for few queries, where quantizing costs more than it saves. For more, `sage1-b` where a
+    /// tier of matrix cores takes it; else `i8-i8-dyn`, whose two products are both packed dot products.
     fn preferred(&self, problem: &Problem) -> Recipe {
         plan::preferred(&self.context, problem)
     }

@@ -27,6 +27,8 @@
 //! | `pipeline` | kernels compiled once per device, and how they are recorded |
 //! | `tier`, `tune` | the ways to compute attention, and which one a call takes; what was tried out |
 //! | `quantize`, `attend` | what the stages bind and how they are cut into dispatches; a file per tier |
+//! | `decode` | a few queries against many keys, without quantization |
+//! | `merge` | keys split over workgroups: the ranges' results, put together |
 //! | `vulkan` | what wgpu does not tell of a Vulkan device |
 //! | `plan` | the sequence of the stages for one problem |
 //!
@@ -34,8 +36,10 @@
 
 mod attend;
 mod buffer;
+mod decode;
 mod device;
 mod memory;
+mod merge;
 mod pipeline;
 mod plan;
 mod quantize;

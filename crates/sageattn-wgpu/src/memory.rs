@@ -10,6 +10,7 @@ use sageattn_shaders::Codes;
 use sageattn_shaders::abi::View;
 
 use crate::device::Context;
+use crate::merge::RangeResults;
 use crate::pipeline::Range;
 
 /// Rows of codes and of V are laid out up to a multiple of this: whole tiles and blocks of every kernel.
@@ -32,6 +33,8 @@ pub(crate) struct Workspace {
     pub(crate) v_scales: Option<ScratchRange>,
     pub(crate) lse_bias: Option<ScratchRange>,
     pub(crate) partials: Option<ScratchRange>,
+    /// Where keys are split over workgroups.
+    pub(crate) results: Option<RangeResults>,
 }
 
 /// Sizes per (batch, head) that the workspace is made of.
@@ -51,6 +54,9 @@ pub(crate) struct Extents {
     pub(crate) lse_bias: bool,
     /// Partial results per head of the channel reductions; zero for none.
     pub(crate) splits: usize,
+    /// Packs of queries per KV head, and ranges of keys that have results of their own; none where keys
+    /// are not split.
+    pub(crate) ranges: Option<[usize; 2]>,
 }
 
 impl Workspace {
@@ -81,6 +87,9 @@ impl Workspace {
             let channels = d.next_multiple_of(4);
             push("partials", &[b, hkv, extents.splits as u64, channels])
         });
+        let results = extents
+            .ranges
+            .map(|[packs, splits]| RangeResults::push(&mut scratch, shape, packs, splits));
         Self {
             scratch,
             code_bytes: extents.codes.bytes(),
@@ -94,6 +103,33 @@ impl Workspace {
             v_scales,
             lse_bias,
             partials,
+            results,
+        }
+    }
+
+    /// A workspace without codes: all of it is f32.
+    pub(crate) fn of_floats(scratch: Scratch) -> Self {
+        let none = |name| ScratchRange {
+            name,
+            kind: ScratchType::Bytes,
+            shape: vec![1, 1, 0, 0],
+            offset: 0,
+            bytes: 0,
+        };
+        Self {
+            scratch,
+            code_bytes: 0,
+            q_codes: none("q_codes"),
+            k_codes: none("k_codes"),
+            values: none("values"),
+            floats: 0,
+            q_scales: none("q_scales"),
+            k_scales: none("k_scales"),
+            k_mean: None,
+            v_scales: None,
+            lse_bias: None,
+            partials: None,
+            results: None,
         }
     }
 
@@ -359,7 +395,8 @@ impl<'a> Binder<'a> {
 impl Context {
     /// Offset and size of the binding that holds the bytes from `start` to `end`.
     fn aligned(&self, start: u64, end: u64) -> (u64, u64) {
-        let align = u64::from(self.facts.limits.min_storage_buffer_offset_alignment).max(4);
+        // At least a vector: rows that start on one in their buffer do so in the binding.
+        let align = u64::from(self.facts.limits.min_storage_buffer_offset_alignment).max(16);
         let offset = start / align * align;
         (offset, end.next_multiple_of(4) - offset)
     }
@@ -445,6 +482,7 @@ mod tests {
             v_scaled: true,
             lse_bias: true,
             splits: 1,
+            ranges: None,
         };
         let workspace = Workspace::new(&Shape::mha(2, 3, 130, 13), &extents);
         for range in [&workspace.q_codes, &workspace.k_codes, &workspace.values] {

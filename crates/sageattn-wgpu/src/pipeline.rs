@@ -92,14 +92,18 @@ fn storage_bindings(variant: &Variant) -> &'static [bool] {
         | Variant::ValuesRows(_)
         | Variant::ValuesI8(_) => &[READ, WRITE, WRITE],
         Variant::Attend(_) => &[WRITE; 6],
+        Variant::Decode(_) => &[READ, READ, READ, WRITE],
+        Variant::Merge(_) => &[WRITE; 3],
     }
 }
 
 fn params_size(variant: &Variant) -> u64 {
-    use sageattn_shaders::abi::{AttendParams, TensorParams};
+    use sageattn_shaders::abi::{AttendParams, DecodeParams, MergeParams, TensorParams};
     let size = match variant {
         Variant::SelfTest | Variant::MatrixLayout => 0,
         Variant::Attend(_) => size_of::<AttendParams>(),
+        Variant::Decode(_) => size_of::<DecodeParams>(),
+        Variant::Merge(_) => size_of::<MergeParams>(),
         _ => size_of::<TensorParams>(),
     };
     size as u64

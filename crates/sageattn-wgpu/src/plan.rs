@@ -8,8 +8,11 @@ use sageattn_core::{
     Buffer, Clock, Description, Divisor, Error, Grouping, Io, Mask, Outputs, Plan, Problem,
     Profile, PvQuant, QkQuant, Recipe, Reference, Rounding, Smooth, Unsupported,
 };
-use sageattn_shaders::{AttendVariant, ChannelOp, DType, KEY_TILE, Pv, RowGroups, Variant};
+use sageattn_shaders::{
+    AttendVariant, ChannelOp, DType, KEY_TILE, PACK_ROWS, Pv, RowGroups, Variant,
+};
 
+use crate::decode::{self, Decode, MAX_QUERIES};
 use crate::device::Context;
 use crate::memory::{Binder, Extents, Workspace, binding_need, index, padded};
 use crate::pipeline::{ParamCache, Step, record};
@@ -30,11 +33,21 @@ pub(crate) struct Kernels {
     pub(crate) attend: AttendVariant,
 }
 
+/// How a call is computed.
+#[derive(Clone, Debug)]
+enum Method {
+    /// Q and K are quantized and V laid out, then attended to.
+    Quantized(Kernels),
+    /// The tensors are read as they are, a range of keys at a time.
+    Decode(Decode),
+}
+
 /// An attention plan on a wgpu device.
 pub struct WgpuPlan {
     context: Arc<Context>,
     problem: Problem,
-    kernels: Kernels,
+    recipe: Recipe,
+    method: Method,
     workspace: Workspace,
     params: ParamCache,
 }
@@ -72,6 +85,10 @@ pub(crate) fn supports(
 
 /// The recipe that the device computes fastest at SageAttention's accuracy.
 pub(crate) fn preferred(context: &Arc<Context>, problem: &Problem) -> Recipe {
+    let decodes = decode::suits(problem) && supports(context, problem, &Recipe::HALF).is_ok();
+    if decodes && context.forced.is_none() {
+        return Recipe::HALF;
+    }
     let request = request(problem, Pv::F16, RowGroups::BLOCK_128, RowGroups::BLOCK_64);
     let order = context.ranked(&request, &Recipe::SAGE1_B);
     // Without a measurement the order that is known without one.
@@ -104,14 +121,22 @@ fn choose(
     problem: &Problem,
     recipe: &Recipe,
     order: &[Tier],
-) -> Result<(Kernels, Workspace), Vec<String>> {
+) -> Result<(Method, Workspace), Vec<String>> {
     let shape = problem.shape();
     let mut missing = context.broken.clone();
     let recipes = known(recipe);
-    if recipes.is_none() {
+    let half = *recipe == Recipe::HALF;
+    if recipes.is_none() && !half {
         missing.push(format!(
-            "recipe {recipe} (it has sage1-t, sage1-b and i8-i8-dyn)"
+            "recipe {recipe} (it has sage1-t, sage1-b, i8-i8-dyn and half)"
         ));
+    }
+    if half && shape.q_len > MAX_QUERIES {
+        missing.push(format!(
+            "recipe half for {} queries (at most {MAX_QUERIES}: its kernel is made for decoding)",
+            shape.q_len
+        ));
+        return Err(missing);
     }
     if !matches!(problem.mask(), Mask::None | Mask::Causal(_)) {
         missing.push(format!("mask {:?}", problem.mask()));
@@ -145,6 +170,14 @@ fn choose(
         if has < needs {
             missing.push(format!("{needs} {name} (it has {has})"));
         }
+    }
+    if half {
+        let (decode, workspace) = Decode::new(context, problem);
+        missing.extend(size_needs(context, problem, &workspace));
+        return match missing.is_empty() {
+            true => Ok((Method::Decode(decode), workspace)),
+            false => Err(missing),
+        };
     }
     let Some((grouping, q_groups, k_groups, pv)) = recipes else {
         return Err(missing);
@@ -187,7 +220,7 @@ fn choose(
     let workspace = kernels.workspace(problem);
     missing.extend(size_needs(context, problem, &workspace));
     match missing.is_empty() {
-        true => Ok((kernels, workspace)),
+        true => Ok((Method::Quantized(kernels), workspace)),
         false => Err(missing),
     }
 }
@@ -255,8 +288,47 @@ impl Kernels {
             v_scaled: self.v_scale.is_some(),
             lse_bias: attend.lse_bias,
             splits: most_rows.map_or(0, quantize::splits),
+            ranges: attend.split().map(|keys| {
+                let packs = shape.heads_per_kv() * shape.q_len.div_ceil(PACK_ROWS as usize);
+                [packs, shape.kv_len.div_ceil(keys as usize)]
+            }),
         };
         Workspace::new(shape, &extents)
+    }
+}
+
+impl Method {
+    /// The attention kernel, whose name stands for the call.
+    fn variant(&self) -> Variant {
+        match self {
+            Self::Quantized(kernels) => Variant::Attend(kernels.attend),
+            Self::Decode(decode) => decode.variant(),
+        }
+    }
+
+    /// Keys per step of the softmax. Ranges of keys that are merged each have a maximum of their own,
+    /// which `Rounding` cannot say; it takes the running one, and P differs by its rounding alone.
+    fn key_tile(&self) -> u32 {
+        match self {
+            Self::Quantized(kernels) => kernels.attend.key_tile(),
+            Self::Decode(decode) => decode.split(),
+        }
+    }
+
+    fn stale(&self) -> f32 {
+        match self {
+            Self::Quantized(kernels) => f32::from(kernels.attend.stale()),
+            Self::Decode(_) => 0.0,
+        }
+    }
+
+    fn divisor(&self) -> Divisor {
+        match self {
+            Self::Quantized(kernels) if kernels.attend.divides_by_unrounded() => {
+                Divisor::UnroundedP
+            }
+            Self::Quantized(_) | Self::Decode(_) => Divisor::RoundedP,
+        }
     }
 }
 
@@ -270,26 +342,28 @@ impl WgpuPlan {
         // Before anything is measured: whether there is a choice at all.
         choose(context, problem, recipe, &context.order()).map_err(refuse)?;
         let request = known(recipe).map(|(_, q, k, pv)| request(problem, pv, q, k));
-        let (kernels, workspace) = loop {
+        let (method, workspace) = loop {
             let order = match &request {
                 Some(request) => context.ranked(request, recipe)?,
                 None => Vec::new(),
             };
             let chosen = choose(context, problem, recipe, &order).map_err(refuse)?;
+            let Method::Quantized(kernels) = &chosen.0 else {
+                break chosen;
+            };
             // A kernel is compiled and tried now, not in the first run. One that is wrong strikes its
             // tier from the order, so this ends.
             let trying = matches!(context.forced, Some(Forced::Kernel(_)));
-            if trying || context.is_right(&chosen.0.attend, problem, recipe)? {
+            if trying || context.is_right(&kernels.attend, problem, recipe)? {
                 break chosen;
             }
         };
-        context
-            .pipelines
-            .get(context, &Variant::Attend(kernels.attend))?;
+        context.pipelines.get(context, &method.variant())?;
         let plan = Self {
             context: Arc::clone(context),
             problem: *problem,
-            kernels,
+            recipe: *recipe,
+            method,
             workspace,
             params: ParamCache::default(),
         };
@@ -324,11 +398,19 @@ impl WgpuPlan {
         io.check_run(&self.problem, workspace, self.workspace_bytes())?;
         let binder = Binder::new(&self.context, io, &self.workspace, workspace)?;
         let slices = binder.slices()?;
-        let mut steps = self.kernels.prepare(&binder, &slices)?;
-        for slice in &slices {
-            steps.push(self.kernels.attend(&binder, slice)?);
+        match &self.method {
+            Method::Decode(decode) => decode.steps(&binder, &slices),
+            Method::Quantized(kernels) => {
+                let mut steps = kernels.prepare(&binder, &slices)?;
+                for slice in &slices {
+                    steps.push(kernels.attend(&binder, slice)?);
+                }
+                for slice in &slices {
+                    steps.extend(kernels.merge(&binder, slice).transpose()?);
+                }
+                Ok(steps)
+            }
         }
-        Ok(steps)
     }
 
     /// GPU time of each step, by timestamps.
@@ -391,7 +473,7 @@ impl WgpuPlan {
 impl fmt::Debug for WgpuPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WgpuPlan")
-            .field("variant", &self.kernels.attend.name())
+            .field("variant", &self.method.variant().name())
             .field("problem", &self.problem)
             .field("workspace_bytes", &self.workspace_bytes())
             .finish_non_exhaustive()
@@ -401,18 +483,15 @@ impl fmt::Debug for WgpuPlan {
 impl Plan for WgpuPlan {
     fn describe(&self) -> Description {
         Description {
-            variant: self.kernels.attend.name(),
-            recipe: self.kernels.recipe,
+            variant: self.method.variant().name(),
+            recipe: self.recipe,
             rounding: Rounding {
-                key_tile: self.kernels.attend.key_tile() as usize,
+                key_tile: self.method.key_tile() as usize,
                 reference: Reference::Maximum {
-                    stale: f32::from(self.kernels.attend.stale()),
+                    stale: self.method.stale(),
                 },
-                divisor: match self.kernels.attend.divides_by_unrounded() {
-                    true => Divisor::UnroundedP,
-                    false => Divisor::RoundedP,
-                },
-                ..Rounding::of(&self.kernels.recipe)
+                divisor: self.method.divisor(),
+                ..Rounding::of(&self.recipe)
             },
             scratch: self.workspace.scratch.ranges().to_vec(),
         }

@@ -128,6 +128,13 @@ pub(crate) struct Request {
     pub(crate) k_groups: RowGroups,
 }
 
+impl Request {
+    /// Rows of a KV head when its query heads are packed, each on a multiple of four.
+    pub(crate) fn packed_rows(&self) -> usize {
+        self.heads_per_kv * self.q_len.next_multiple_of(4)
+    }
+}
+
 /// The kernel for a request: that of the first tier in `order` that takes it.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 use super::{AttendKernel, AttendVariant};
 use crate::{
     ABI, ATTEND, ATTENTION, DOT, DType, HALF, KEY_TILE, Kernel, Native, PV_F16, PV_I8, Prelude, Pv,
-    RowGroups, STORE,
+    RowGroups, STORE, decode_columns,
 };
 
 /// Its tile: how many queries a workgroup takes and how much of a head it stages.
@@ -19,6 +19,9 @@ pub struct DotTile {
     pub pv_chunk_groups: u32,
     /// Groups of 64 channels of V that cover head_dim: 1 to 4, a multiple of `pv_chunk_groups`.
     pub pv_groups: u32,
+    /// Keys of a workgroup's range, a multiple of [`KEY_TILE`], where few queries share the keys out
+    /// among workgroups; zero where a workgroup takes them all.
+    pub split: u32,
 }
 
 impl DotTile {
@@ -34,6 +37,7 @@ impl DotTile {
             qk_chunks,
             pv_chunk_groups,
             pv_groups: groups.next_multiple_of(pv_chunk_groups),
+            split: 0,
         }
     }
 
@@ -77,6 +81,30 @@ impl DotTile {
         if codes > values { codes } else { values }
     }
 
+    /// Vectors of a tile of K that an invocation reads into registers while the tile before is at work;
+    /// zero where they are more than registers are to spare, or K comes in chunks.
+    const fn held_keys(&self) -> u32 {
+        let vectors = KEY_TILE * (self.qk_chunk / 16);
+        match self.qk_chunks {
+            1 => Self::held(vectors.div_ceil(self.invocations())),
+            _ => 0,
+        }
+    }
+
+    /// The same of the first chunk of V, read while the softmax is at work.
+    const fn held_values(&self, pv: Pv) -> u32 {
+        let rows = match pv {
+            Pv::F16 => 32,
+            Pv::I8 => 16,
+        };
+        let vectors = rows * 16 * self.pv_chunk_groups;
+        Self::held(vectors.div_ceil(self.invocations()))
+    }
+
+    const fn held(vectors: u32) -> u32 {
+        if vectors <= 4 { vectors } else { 0 }
+    }
+
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self, pv: Pv) -> u32 {
         let p_vecs = match pv {
@@ -90,10 +118,14 @@ impl DotTile {
 impl DotTile {
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
-        format!(
+        let tile = format!(
             "_rows{}c{}v{}",
             self.rows, self.qk_chunk, self.pv_chunk_groups
-        )
+        );
+        match self.split {
+            0 => tile,
+            keys => format!("{tile}_split{keys}"),
+        }
     }
 
     pub(super) fn compose(&self, v: &AttendVariant, prelude: Prelude, native: Native) -> Kernel {
@@ -109,6 +141,12 @@ impl DotTile {
             .number("CHUNK_GROUPS", self.pv_chunk_groups)
             .number("V_AT", self.v_at())
             .number("STAGED_VECS", self.staged_vecs(v.pv))
+            .flag("ONE_KEY_SCALE", v.k_columns_uniform())
+            .number("HELD_KEYS", self.held_keys())
+            .number("HELD_VALUES", self.held_values(v.pv))
+            .flag("SPLIT", self.split > 0)
+            .number("SPLIT_KEYS", self.split.max(KEY_TILE))
+            .number("COLUMNS_OF_8", decode_columns(v.head_dim))
             .flag("NATIVE_DOT", native.dot)
             .flag("NATIVE_PACK", native.pack);
         let pv = match v.pv {
@@ -123,7 +161,10 @@ impl DotTile {
         let tiles = [
             Self::new(head_dim, 64, 128, 2),
             Self::new(head_dim, 32, 64, 1),
-            Self::new(head_dim, 16, 32, 1),
+            Self {
+                split: 256,
+                ..Self::new(head_dim, 16, 32, 1)
+            },
         ];
         let masks = [
             (false, false, false),

@@ -2,6 +2,7 @@
 
 use sageattn_shaders::{AttendKernel, DotTile, Pv};
 
+use crate::merge::{FEW_QUERIES, longest};
 use crate::tier::{Facts, Request};
 
 /// The kernel for a request.
@@ -9,7 +10,16 @@ use crate::tier::{Facts, Request};
 /// # Errors
 /// What the device lacks.
 pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, Vec<String>> {
-    let tile = tile(&facts.limits, request.q_len, request.head_dim, request.pv);
+    let (limits, head_dim, pv) = (&facts.limits, request.head_dim, request.pv);
+    let tile = match request.q_len <= FEW_QUERIES {
+        true => tile(limits, request.packed_rows(), head_dim, pv).map(|tile| DotTile {
+            split: split(request, &tile),
+            ..tile
+        }),
+        false => None,
+    };
+    let whole = || self::tile(limits, request.q_len, head_dim, pv);
+    let tile = tile.filter(|tile| tile.split > 0).or_else(whole);
     tile.map(AttendKernel::Dot).ok_or_else(|| {
         let has = facts.limits.max_compute_workgroup_storage_size;
         vec![format!("more workgroup memory than its {has} bytes")]
@@ -45,9 +55,53 @@ fn tile(limits: &wgpu::Limits, q_len: usize, head_dim: u32, pv: Pv) -> Option<Do
     })
 }
 
+/// Keys of a range, where few queries leave most of a device idle unless the keys are shared out; zero
+/// where one range would take them all.
+fn split(request: &Request, tile: &DotTile) -> u32 {
+    let tiles = request.packed_rows().div_ceil(tile.rows as usize);
+    let per_range = request.pairs / request.heads_per_kv * tiles;
+    let longest = longest(
+        &[1024, 512, 256],
+        |keys: u32| keys as usize,
+        request.kv_len,
+        per_range,
+    );
+    longest
+        .filter(|&keys| (keys as usize) < request.kv_len)
+        .unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sageattn_shaders::RowGroups;
+
+    #[test]
+    fn keys_are_shared_out_where_queries_are_few_and_keys_many() {
+        let split = |q_len, kv_len, kv_heads: usize| {
+            let request = Request {
+                q_len,
+                kv_len,
+                heads_per_kv: 4,
+                pairs: 4 * kv_heads,
+                q_groups: RowGroups::BLOCK_128,
+                k_groups: RowGroups::BLOCK_64,
+                head_dim: 128,
+                pv: Pv::F16,
+            };
+            let kernel = kernel(&crate::tier::tests::plain(), &request).unwrap();
+            let AttendKernel::Dot(tile) = kernel else {
+                panic!("{kernel:?}")
+            };
+            (tile.rows, tile.split)
+        };
+        assert_eq!(split(1, 16384, 8), (16, 512));
+        assert_eq!(split(1, 15000, 8), (16, 256));
+        assert_eq!(split(1, 16384, 64), (16, 1024));
+        assert_eq!(split(16, 16384, 8), (32, 1024), "two tiles of packed heads");
+        assert_eq!(split(1, 256, 8), (16, 0));
+        assert_eq!(split(17, 16384, 8).1, 0);
+    }
 
     fn limits(bytes: u32) -> wgpu::Limits {
         wgpu::Limits {

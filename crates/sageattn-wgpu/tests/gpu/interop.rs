@@ -35,7 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
 const RECIPES: [Recipe; 3] = [Recipe::SAGE1_B, Recipe::SAGE1_T, Recipe::I8_I8_DYN];
 
 /// A device as an application would make it: nothing asked for that this crate wants.
-fn plain_device(gpu: &Wgpu, limits: wgpu::Limits) -> Result<Wgpu, Failed> {
+pub(crate) fn plain_device(gpu: &Wgpu, limits: wgpu::Limits) -> Result<Wgpu, Failed> {
     let name = gpu.device().name;
     let adapter = Wgpu::adapters()
         .into_iter()

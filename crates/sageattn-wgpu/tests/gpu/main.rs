@@ -2,6 +2,7 @@
 //! `SAGEATTN_REQUIRE` names `wgpu`: then that is a failure.
 
 mod accuracy;
+mod decode;
 mod interop;
 mod support;
 
@@ -14,7 +15,10 @@ fn main() -> std::process::ExitCode {
     let required = std::env::var("SAGEATTN_REQUIRE").unwrap_or_default();
     let required = required.split(',').any(|name| name.trim() == "wgpu");
     let gpu = Wgpu::best().map_err(|error| error.to_string());
-    let tests = accuracy::TESTS.iter().chain(interop::TESTS);
+    let tests = accuracy::TESTS
+        .iter()
+        .chain(decode::TESTS)
+        .chain(interop::TESTS);
     let trials = tests
         .map(|&(name, test): &Test| {
             let gpu = gpu.clone();
