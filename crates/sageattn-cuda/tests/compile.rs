@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use sageattn_core::Error;
+use sageattn_core::{DType, Error};
 use sageattn_cuda::compile::{Cache, Nvrtc};
 use sageattn_cuda::{Variant, variants};
 
