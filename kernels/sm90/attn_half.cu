@@ -1,7 +1,15 @@
-// Attention on 16-bit tensors as they are, on Hopper's warpgroup GEMMs: recipe half. The schedule is FlashAttention-3's (2407.08608), carried over
-// the ends of works.
+// Attention on 16-bit tensors as they are, on Hopper's warpgroup GEMMs: recipe half. Within a warpgroup the schedule is FlashAttention-3's (2407.08608).
 //
 //   O[b, h, r, :] = softmax_n(scale q_r . k_n) V,   LSE[b, h, r] = ln sum_n exp(scale q_r . k_n)
+//
+// Problem   q, o: [batch, q_heads, q_len, head_dim], k, v: [batch, kv_heads, kv_len, head_dim] of IN_T, strided. A work: CONSUMERS x 64 rows of one head.
+// Tiles     S = Q K^T: 64 x KEYS a warpgroup.   O += P V: 64 x HEAD_DIM, V read across its rows. Both in f32, in the tensor core's accumulator.
+// Roles     one block per multiprocessor walks a fixed sequence of works. Two producer threads copy boxes of the tensors, one Q and K, the other V, through
+//           three rings; rows past the last and channels past head_dim arrive as zeros. Each consumer warpgroup has 64 rows of Q.
+// Schedule  S of the next tile is asked for before O takes the P V of this one, so that exponentials run beside P V. The next tile may be the first of the
+//           next work: while O is stored, its scores are on their way.
+// Shared    Q [Q_SLOTS][CONSUMERS x 64 x HEAD_DIM] | K [K_STAGES][KEYS x HEAD_DIM] | V [V_STAGES][KEYS x HEAD_DIM] | barriers
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax_half.cuh"
 #include "ptx/tensor_copy.cuh"
@@ -23,7 +31,7 @@ constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS, "the last warpgroup to ask would wait for ever");
 
-/// Bytes of a row of an operand tile, and channels of one swizzled panel.
+/// Bytes of a row of an operand tile, and of a row of one of the boxes that it consists of.
 constexpr int WIDTH = HEAD_DIM * 2;
 constexpr int BOX_WIDTH = BOX_CHANNELS * 2;
 constexpr int BOXES = HEAD_DIM / BOX_CHANNELS;
