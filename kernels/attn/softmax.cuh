@@ -32,6 +32,8 @@ constexpr float NO_REFERENCE = -3e38f;
 constexpr i32 NO_SCORE = -(1 << 24);
 /// Bound of c: scores are below 2^23, so that c times a score stays finite.
 constexpr float LARGEST_MULTIPLIER = 1e31f;
+/// No sum of 32 P is larger, unless logits are so large that their rounding alone lifts P: LSE must stay finite there.
+constexpr float LARGEST_SUM = 32 * 512.f;
 /// Whether the sum of P before rounding is wanted: as divisor, or for LSE.
 constexpr bool SUM_UNROUNDED = LSE || !RUNNING_MAX;
 

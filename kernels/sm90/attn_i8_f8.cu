@@ -385,7 +385,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 exponentials<is_masked, false>(p, unrounded, logits, multiplier, rows.reference, last);
                 if constexpr (SUM_UNROUNDED) {
 #pragma unroll
-                    for (int row = 0; row < 2; ++row) rows.unrounded[row] = fmaf(rows.unrounded[row], shrink[row], unrounded[row]);
+                    for (int row = 0; row < 2; ++row) rows.unrounded[row] = fmaf(rows.unrounded[row], shrink[row], fminf(unrounded[row], LARGEST_SUM));
                 }
             } else {
                 scores_to_float(logits, scores);
