@@ -62,8 +62,7 @@ struct RowState {
 template <bool masked, class Score, int parts, int words>
 DEVICE void largest_scores(Score (&top)[2], const Score (&scores)[parts][words], const i32 (&last)[2]) {
     constexpr Score none = NO_SCORE;
-    // Two chains a row: one would wait for itself.
-    Score chain[2][2] = {{none, none}, {none, none}};
+    top[0] = top[1] = none;
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
         const int row = fragment_row(i);
@@ -72,11 +71,8 @@ DEVICE void largest_scores(Score (&top)[2], const Score (&scores)[parts][words],
             a = fragment_column(i) <= last[row] ? a : none;
             b = fragment_column(i + 1) <= last[row] ? b : none;
         }
-        Score& largest = chain[row][i / 4 % 2];
-        largest = max(max(largest, a), b);
+        top[row] = max(max(top[row], a), b);
     }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) top[row] = max(chain[row][0], chain[row][1]);
 }
 
 /// Largest base-2 logit of a row in the tile, rounded down: P of a row's largest logit is then never below its power of two, so that it cannot

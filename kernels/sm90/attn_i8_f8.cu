@@ -204,7 +204,7 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
 DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* row, int lane) {
     const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
     float sum = 0.f;
-#pragma unroll 2
+#pragma unroll 1
     for (int octet = lane % 4; octet < HEAD_DIM / OCTET; octet += 4) {
         float x[OCTET];
         widen(x, load_octet<IN_T>(row, octet, params.head_dim, row != nullptr));
@@ -432,8 +432,10 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             }
         }
         int tile = 0;
+        // No more than there are; said to the compiler, it keeps less in local memory.
+        const int unmasked = min(whole_tiles, own_tiles);
 #pragma unroll 1
-        for (; tile < whole_tiles; ++tile) attend_tile(Unmasked{}, tile);
+        for (; tile < unmasked; ++tile) attend_tile(Unmasked{}, tile);
 #pragma unroll 1
         for (; tile < own_tiles; ++tile) attend_tile(Masked{}, tile);
         // Tiles that only later warpgroups of the block see.
@@ -449,9 +451,10 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         }
 
         const Work done = work_in_slot(pipeline, work_at);
+        // LSE first: it reads Q again, and O takes the registers that it needs.
+        if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
         store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES, output, rows);
         pipeline.work().release(work_at, elected);
-        if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
     }
     turns.close();
 }

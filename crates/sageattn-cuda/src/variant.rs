@@ -300,18 +300,20 @@ impl PrepareOnce {
     }
 }
 
+/// What the names of all attention kernels say.
+fn attention(width: u32, dtype: DType, causal: bool, lse: bool, cut: bool) -> String {
+    let mut suffix = format!("d{width}_{dtype}");
+    for (is, name) in [(causal, "_causal"), (lse, "_lse"), (cut, "_cut")] {
+        if is {
+            suffix.push_str(name);
+        }
+    }
+    suffix
+}
+
 impl Attend {
     fn suffix(&self) -> String {
-        let mut suffix = format!("d{}_{}", self.width, self.dtype);
-        if self.causal {
-            suffix.push_str("_causal");
-        }
-        if self.lse {
-            suffix.push_str("_lse");
-        }
-        if self.cut {
-            suffix.push_str("_cut");
-        }
+        let mut suffix = attention(self.width, self.dtype, self.causal, self.lse, self.cut);
         if self.running_max {
             suffix.push_str("_max");
         }
@@ -322,16 +324,7 @@ impl Attend {
 
 impl Half {
     fn suffix(&self) -> String {
-        let mut suffix = format!("d{}_{}", self.width, self.dtype);
-        if self.causal {
-            suffix.push_str("_causal");
-        }
-        if self.lse {
-            suffix.push_str("_lse");
-        }
-        if self.cut {
-            suffix.push_str("_cut");
-        }
+        let mut suffix = attention(self.width, self.dtype, self.causal, self.lse, self.cut);
         let tile = &self.tile;
         suffix.push_str(&format!(
             "_c{}n{}s{}{}{}",
