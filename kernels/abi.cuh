@@ -28,6 +28,8 @@ struct PrepareParams {
     float* k_mean;
     /// [batch * kv_heads, HEAD_DIM].
     float* v_scales;
+    /// [batch * kv_heads, tiles, HEAD_DIM]: sum over the tile's keys of v / scale - code.
+    float* v_residuals;
     /// [batch * kv_heads, tiles, 4].
     float* k_scales;
     /// [batch * kv_heads, tiles, 128 * HEAD_DIM bytes].
@@ -51,7 +53,7 @@ struct PrepareParams {
     /// The counter that the attention blocks draw their work from; kv_encode or kv_prepare_sm90 sets it to 0.
     u32* next_work;
 };
-static_assert(sizeof(PrepareParams) == 160, "PrepareParams in src/abi.rs has the same size");
+static_assert(sizeof(PrepareParams) == 168, "PrepareParams in src/abi.rs has the same size");
 
 /// Parameters of `attn_i8_f8_sm90`.
 struct AttnParams {
@@ -64,6 +66,7 @@ struct AttnParams {
     const u8* v_codes;
     const float* k_scales;
     const float* v_scales;
+    const float* v_residuals;
     /// Read only with LSE.
     const float* k_mean;
     i64 q_stride[3];
@@ -88,7 +91,7 @@ struct AttnParams {
     /// Counter of the next block of rows; 0 before the launch and after it.
     u32* next_work;
 };
-static_assert(sizeof(AttnParams) == 168, "AttnParams in src/abi.rs has the same size");
+static_assert(sizeof(AttnParams) == 176, "AttnParams in src/abi.rs has the same size");
 
 /// Parameters of `attn_half_sm90`.
 struct HalfParams {

@@ -106,7 +106,7 @@ def attention(head_dim, length, causal, running):
     few = (causal and length <= 1024) if head_dim == 64 else length <= (2048 if causal else 1024)
     consumers = 2 if few or head_dim == 256 else 3
     stages = {64: 6, 128: 5, 256: 3}[head_dim]
-    shared = 64 * consumers * head_dim + stages * (256 * head_dim + 48) + 256 + 64 + 8 * head_dim
+    shared = consumers * (64 * head_dim + 16) + stages * (256 * head_dim + 48) + 256 + 64 + 8 * head_dim
     constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, RUNNING_MAX=int(running), CONSUMERS=consumers, STAGES=stages)
     return Kernel("sm90/attn_i8_f8.cu", "attn_i8_f8_sm90", shared, **constants)
 
@@ -146,15 +146,15 @@ class Ours:
         pairs, tiles = batch * heads, -(-length // 128)
         consumers = self.attend.constants["CONSUMERS"]
         bytes_of = dict(sums=pairs * 32 * head_dim * 4, maxima=pairs * 32 * head_dim * 4, mean=pairs * head_dim * 4, v_scales=pairs * head_dim * 4,
-                        k_scales=pairs * tiles * 16, k_codes=pairs * tiles * 128 * head_dim, v_codes=pairs * tiles * 128 * head_dim, next_work=256)
+                        v_residuals=pairs * tiles * head_dim * 4, k_scales=pairs * tiles * 16, k_codes=pairs * tiles * 128 * head_dim, v_codes=pairs * tiles * 128 * head_dim, next_work=256)
         self.scratch = {name: torch.empty(size, dtype=torch.uint8, device="cuda") for name, size in bytes_of.items()}
         self.o = torch.full_like(q, float("nan"))
         at = {name: tensor.data_ptr() for name, tensor in self.scratch.items()}
         strides = lambda x: x.stride()[:3]
-        prepare = struct.pack("<9Q6q8IQ", k.data_ptr(), v.data_ptr(), *(at[n] for n in ("sums", "maxima", "mean", "v_scales", "k_scales", "k_codes", "v_codes")),
+        prepare = struct.pack("<10Q6q8IQ", k.data_ptr(), v.data_ptr(), *(at[n] for n in ("sums", "maxima", "mean", "v_scales", "v_residuals", "k_scales", "k_codes", "v_codes")),
                               *strides(k), *strides(v), heads, length, head_dim, tiles, self.cluster, self.each, length, pairs, at["next_work"])
         row_blocks = -(-length // (64 * consumers))
-        attend = struct.pack("<8Q6q9IfqQ", q.data_ptr(), self.o.data_ptr(), 0, *(at[n] for n in ("k_codes", "v_codes", "k_scales", "v_scales", "mean")),
+        attend = struct.pack("<9Q6q9IfqQ", q.data_ptr(), self.o.data_ptr(), 0, *(at[n] for n in ("k_codes", "v_codes", "k_scales", "v_scales", "v_residuals", "mean")),
                              *strides(q), *strides(self.o), batch, heads, 1, length, length, head_dim, tiles, row_blocks, pairs * row_blocks,
                              head_dim ** -0.5, 0, at["next_work"])
         threads = 512 if head_dim == 256 else 256

@@ -64,6 +64,27 @@ DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     return word;
 }
 
+/// Four e4m3 bytes as halves, exactly: the lower two and the upper two. PTX ISA 9.7.9.21, cvt.
+DEVICE void unpack_e4m3(u32 word, u32& low, u32& high) {
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+        : "=r"(low), "=r"(high)
+        : "r"(word));
+}
+
+/// PTX ISA 9.7.4.1, add.
+DEVICE u32 add_f16x2(u32 a, u32 b) {
+    u32 sum;
+    asm("add.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
+/// PTX ISA 9.7.4.2, sub.
+DEVICE u32 subtract_f16x2(u32 a, u32 b) {
+    u32 difference;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+    return difference;
+}
+
 /// 1.0 four times.
 constexpr u32 FOUR_ONES_E4M3 = 0x38383838;
 

@@ -19,6 +19,14 @@ DEVICE void load_16_bytes_if(u32 (&word)[4], const void* from, bool wanted) {
                  : "l"(from), "r"(static_cast<u32>(wanted)));
 }
 
+/// Data that no thread writes while the kernel runs. PTX ISA 9.7.9.9, ld.global.nc.
+DEVICE void load_floats(float (&value)[4], const float* from) {
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3]) : "l"(from));
+}
+DEVICE void load_floats(float (&value)[2], const float* from) {
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "l"(from));
+}
+
 /// PTX ISA 9.7.9.12, st.
 DEVICE void store_16_bytes(void* to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");

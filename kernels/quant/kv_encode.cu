@@ -2,6 +2,7 @@
 //
 //   K codes = round((k - mean) / scale of its group), groups (key / 128) * 4 + key % 8 / 2     SageAttention2 (2411.10958), equation 8
 //   V codes = round(v / scale of its channel)                                                  same, section 3.2
+//   V residuals = sum over each tile's keys of v / scale - code                                docs/numerics.md
 //
 // Problem   k, v: [batch, kv_heads, kv_len, head_dim] of IN_T, strided; the statistics of kv_statistics.
 // Grid      batch * kv_heads * tiles * 2 blocks of 2 * HEAD_DIM threads: even ones encode 128 keys of K, odd ones of V.
@@ -15,6 +16,7 @@
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 #include "quant/operations.cuh"
+#include "quant/residual.cuh"
 #include "tile/elements.cuh"
 #include "tile/swizzle.cuh"
 
@@ -114,6 +116,8 @@ DEVICE void encode_k(const PrepareParams& params, const Place& place) {
 DEVICE void encode_v(const PrepareParams& params, const Place& place) {
     __shared__ float inverse[HEAD_DIM];
     __shared__ __align__(16) u32 turned[HEAD_DIM][WORDS];
+    /// Of 16 keys each; two channels in a word.
+    __shared__ u32 residual[TILE_KEYS / 16][HEAD_DIM / 2];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const u32 keys = min(params.kv_len - place.tile * TILE_KEYS, static_cast<u32>(TILE_KEYS));
@@ -150,16 +154,41 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
         float x[4][OCTET];
 #pragma unroll
         for (int i = 0; i < 4; ++i) widen(x[i], raw[round][i]);
+        u32 of_channel[OCTET];
 #pragma unroll
         for (int e = 0; e < OCTET; ++e) {
             const int channel = octet * OCTET + e;
             const float by = inverse[channel];
-            turned[channel][chunk * 4 + lane / 8] = pack_e4m3(x[0][e] * by, x[1][e] * by, x[2][e] * by, x[3][e] * by);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i][e] *= by;
+            const u32 word = pack_e4m3(x[0][e], x[1][e], x[2][e], x[3][e]);
+            turned[channel][chunk * 4 + lane / 8] = word;
+            of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
+        }
+#pragma unroll
+        for (int pair = 0; pair < OCTET / 2; ++pair) {
+            u32 sum = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
+            // The four lanes that have the other words of these 16 keys.
+            sum = add_f16x2(sum, __shfl_xor_sync(~0u, sum, 8));
+            sum = add_f16x2(sum, __shfl_xor_sync(~0u, sum, 16));
+            if (lane < 8) residual[part % 8][octet * OCTET / 2 + pair] = sum;
         }
     }
     __syncthreads();
 
-    u8* const codes = params.v_codes + (static_cast<u64>(place.head) * params.tiles + place.tile) * TILE_BYTES;
+    const u64 of_all = static_cast<u64>(place.head) * params.tiles + place.tile;
+    if (threadIdx.x < HEAD_DIM / 2) {
+        float total[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < TILE_KEYS / 16; ++i) {
+            float x[2];
+            unpack_f16(residual[i][threadIdx.x], x[0], x[1]);
+            total[0] += x[0];
+            total[1] += x[1];
+        }
+        store_8_bytes(params.v_residuals + of_all * HEAD_DIM + 2 * threadIdx.x, __float_as_uint(total[0]), __float_as_uint(total[1]));
+    }
+    u8* const codes = params.v_codes + of_all * TILE_BYTES;
 #pragma unroll
     for (int at = threadIdx.x; at < HEAD_DIM * 8; at += THREADS) {
         const int channel = at / 8;

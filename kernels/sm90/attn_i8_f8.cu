@@ -9,6 +9,8 @@
 //           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles in order, the masked
 //           ones last, in a loop of their own.
 // Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1).
+// V         what its rounding took away is added back to O as a mean over the tiles that a warpgroup's rows see: a spare warp of the producer's adds
+//           the tiles' residuals up meanwhile and leaves the mean in the warpgroup's slab of Q, once that has been read for the last time.
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 //           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
@@ -32,7 +34,9 @@ constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 /// Registers a thread after the roles have parted; the pool is 65536.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
-static_assert(WARPGROUP * (CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= 65536, "the last warpgroup to ask would wait for ever");
+/// What a block is given at its launch, which is all that its warpgroups can share out.
+constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS, "the last warpgroup to ask would wait for ever");
 
 constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
 constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
@@ -49,6 +53,8 @@ using StageCursor = Cursor<STAGES>;
 constexpr int WORK_SLOTS = 2;
 using WorkRing = Ring<WORK_SLOTS>;
 using WorkCursor = Cursor<WORK_SLOTS>;
+/// A warpgroup's slab of Q, when it carries V's mean residuals.
+using ResidualRing = Ring<1>;
 
 /// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left.
 struct Work {
@@ -70,7 +76,8 @@ constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
 constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
 constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
 constexpr u32 WORK_AT = WORK_RING_AT + WorkRing::BYTES;
-constexpr u32 V_SCALES_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
+constexpr u32 RESIDUAL_RINGS_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
+constexpr u32 V_SCALES_AT = RESIDUAL_RINGS_AT + CONSUMERS * ResidualRing::BYTES;
 constexpr u32 V_SCALE_BYTES = HEAD_DIM * sizeof(float);
 constexpr u32 SHARED_BYTES = V_SCALES_AT + WORK_SLOTS * V_SCALE_BYTES;
 static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and copies");
@@ -89,9 +96,10 @@ DEVICE Work decode_work(const AttnParams& params, u32 index) {
     return work;
 }
 
-/// Tiles that rows [row, row + ROWS) see at least one key of.
+/// Tiles that rows [row, row + ROWS) see at least one key of, or that the last row of the head does.
 DEVICE int visible_tiles(const AttnParams& params, u32 row) {
-    return (last_visible_key<CAUSAL>(static_cast<i64>(row) + ROWS - 1, params.diagonal, params.kv_len) + TILE_KEYS) / TILE_KEYS;
+    const u32 last_row = min(row + ROWS, params.q_len) - 1;
+    return (last_visible_key<CAUSAL>(last_row, params.diagonal, params.kv_len) + TILE_KEYS) / TILE_KEYS;
 }
 
 /// Tiles that rows [row, row + ROWS) see every key of.
@@ -167,6 +175,9 @@ struct Pipeline {
     DEVICE WorkRing work() const {
         return {shared + WORK_RING_AT};
     }
+    DEVICE ResidualRing residual(int warpgroup) const {
+        return {shared + RESIDUAL_RINGS_AT + warpgroup * ResidualRing::BYTES};
+    }
 };
 
 /// Draws works until there are none, publishes each with its channel scales of V, and streams its tiles.
@@ -200,6 +211,63 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
     }
 }
 
+/// The work in a slot, read again when it is needed: kept across the loop it would cost the registers that the loop has not got.
+DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
+    u32 word[4];
+    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
+    // The same in every lane, which a shuffle tells the compiler.
+    return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), __shfl_sync(~0u, word[3], 0)};
+}
+
+/// A slab carries residuals once a work, so its parity changes with each, as the slot of the work does.
+DEVICE u32 residual_parity(WorkCursor at) {
+    static_assert(WORK_SLOTS == 2, "slots alternate");
+    return at.stage;
+}
+
+/// A warp's way through the works: for each warpgroup, what rounding took from V, as a mean over the keys of the tiles that its rows see.
+DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline) {
+    constexpr int CHANNELS = HEAD_DIM / 32;
+    constexpr int VECTOR = CHANNELS < 4 ? CHANNELS : 4;
+    /// Tiles whose loads are in flight together: as many as the producer's few registers hold, and still faster than tiles are multiplied.
+    constexpr int AHEAD = 8 / CHANNELS;
+    const u32 first_channel = threadIdx.x % 32 * VECTOR;
+    WorkCursor work_at;
+    for (;; work_at.advance()) {
+        pipeline.work().wait(work_at);
+        const Work work = work_in_slot(pipeline, work_at);
+        if (work.batch >= params.batch) return;
+        const float* from = params.v_residuals + static_cast<u64>(work.kv_head) * params.tiles * HEAD_DIM + first_channel;
+        float sum[CHANNELS] = {};
+        int tile = 0;
+        for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+            const int tiles = visible_tiles(params, work.row + warpgroup * ROWS);
+#pragma unroll AHEAD
+            for (; tile < tiles; ++tile, from += HEAD_DIM) {
+#pragma unroll
+                for (int i = 0; i < CHANNELS; i += VECTOR) {
+                    float x[VECTOR];
+                    load_floats(x, from + 32 * i);
+#pragma unroll
+                    for (int e = 0; e < VECTOR; ++e) sum[i + e] += x[e];
+                }
+            }
+            const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
+            const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
+            const ResidualRing ring = pipeline.residual(warpgroup);
+            mbarrier_wait(ring.empty(0), residual_parity(work_at));
+#pragma unroll
+            for (int i = 0; i < CHANNELS; i += 2) {
+                const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
+                const u32 to = pipeline.shared + warpgroup * Q_SLAB + channel * sizeof(float);
+                store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
+            }
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) mbarrier_arrive(ring.full(0));
+        }
+    }
+}
+
 /// The part of q . k that smoothing took out of the scores, of which each lane of a quad sums its octets.
 DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* row, int lane) {
     const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
@@ -219,14 +287,6 @@ DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&str
     return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
 }
 
-/// The work in a slot, read again when it is needed: kept across the loop it would cost the registers that the loop has not got.
-DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
-    u32 word[4];
-    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
-    // The same in every lane, which a shuffle tells the compiler.
-    return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), __shfl_sync(~0u, word[3], 0)};
-}
-
 /// Row lane / 4 + 8 h of this thread's warp, within its warpgroup.
 DEVICE u32 row_of_thread(int h) {
     return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
@@ -243,28 +303,36 @@ DEVICE float load_q(const AttnParams& params, const Work& work, u32 first_row, u
     return fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
 }
 
-/// O / (sum of P), times V's channel scales, in shared memory at `v_scales`. A row without keys has sum 0 and gives 0.
-DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, u32 v_scales, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
+/// O / (sum of P) and V's mean residuals, times V's channel scales; both in shared memory at these addresses. A row without keys has sum 0 and gives 0.
+DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, u32 v_scales, u32 residuals, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
     const int lane = threadIdx.x % 32;
-    float channel_scale[HEAD_DIM / 8][2];
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) load_shared_8_bytes(channel_scale[i], v_scales + (8 * i + 2 * (lane % 4)) * sizeof(float));
+    u8* o_row[2];
+    float any[2], normalize[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const u32 row = first_row + row_of_thread(h);
         const float sum = RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
-        const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
-        u8* const o_row = query_row(params, params.o, params.o_stride, work, row);
+        any[h] = sum > 0.f ? 1.f : 0.f;
+        normalize[h] = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+        o_row[h] = query_row(params, params.o, params.o_stride, work, first_row + row_of_thread(h));
+    }
 #pragma unroll
-        for (int column = 0; column < HEAD_DIM; column += 32) {
+    for (int column = 0; column < HEAD_DIM; column += 32) {
+        float scale[4][2], residual[4][2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 at = (column + 8 * i + 2 * (lane % 4)) * sizeof(float);
+            load_shared_8_bytes(scale[i], v_scales + at);
+            load_shared_8_bytes(residual[i], residuals + at);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
             float x[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int word = column / 2 + 4 * i + 2 * h;
-                x[2 * i] = output[word] * (normalize * channel_scale[column / 8 + i][0]);
-                x[2 * i + 1] = output[word + 1] * (normalize * channel_scale[column / 8 + i][1]);
+            for (int i = 0; i < 8; ++i) {
+                const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
+                x[i] = fmaf(sum, normalize[h], any[h] * residual[i / 2][i % 2]) * scale[i / 2][i % 2];
             }
-            store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
+            store_32_columns(IN_T{}, o_row[h], x, column, params.head_dim, lane);
         }
     }
 }
@@ -291,6 +359,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
     const u64 ones = operand_descriptor<32>(pipeline.shared + ONES_AT);
     const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
+    const ResidualRing residual_ring = pipeline.residual(warpgroup);
     StageCursor k_at, v_at;
     WorkCursor work_at;
     turns.open();
@@ -303,6 +372,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const int block_tiles = tiles_of_work(params, work);
         const int own_tiles = visible_tiles(params, first_row);
         const int whole_tiles = unmasked_tiles(params, first_row);
+        // The slab has been read by all.
+        named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
         const float q_multiplier = load_q(params, work, first_row, slab);
         named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
 
@@ -400,6 +471,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         };
         const auto attend_tile = [&](auto masked, int tile) {
             const bool more = tile + 1 < own_tiles;
+            if (!more) residual_ring.release({}, elected);
             u32 p[16];
             softmax(masked, p, tile);
 
@@ -430,6 +502,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 scores_to_float(logits, scores);
                 raise(Masked{}, {true, true}, logits, last);
             }
+        } else {
+            residual_ring.release({}, elected);
         }
         int tile = 0;
         // No more than there are; said to the compiler, it keeps less in local memory.
@@ -453,7 +527,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const Work done = work_in_slot(pipeline, work_at);
         // LSE first: it reads Q again, and O takes the registers that it needs.
         if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
-        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES, output, rows);
+        residual_ring.wait({0, residual_parity(work_at)});
+        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES, slab, output, rows);
         pipeline.work().release(work_at, elected);
     }
     turns.close();
@@ -468,6 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const _
         pipeline.k().init(4 * CONSUMERS);
         pipeline.v().init(4 * CONSUMERS);
         pipeline.work().init(4 * CONSUMERS);
+        for (int i = 0; i < CONSUMERS; ++i) pipeline.residual(i).init(4);
         mbarrier_init_fence();
     }
     for (u32 at = threadIdx.x * 16; at < ONES_BYTES; at += THREADS * 16) {
@@ -479,7 +555,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const _
 
     if (warpgroup == CONSUMERS) {
         release_registers_down_to<PRODUCER_REGISTERS>();
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 4;
         if (threadIdx.x == CONSUMERS * WARPGROUP) produce(params, pipeline);
+        if (warp == 1) average_residuals(params, pipeline);
     } else {
         take_registers_up_to<CONSUMER_REGISTERS>();
         consume(params, pipeline, warpgroup);

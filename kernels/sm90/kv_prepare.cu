@@ -2,6 +2,7 @@
 //
 //   K codes = round((k - mean) / scale of its group), groups (key / 128) * 4 + key % 8 / 2     SageAttention2 (2411.10958), equation 8
 //   V codes = round(v / scale of its channel)                                                  same, section 3.2
+//   V residuals = sum over each tile's keys of v / scale - code                                docs/numerics.md
 //
 // Mean and channel scales need all keys of a head before the first code. A cluster of blocks therefore keeps a head's K (or V) in its shared
 // memory: what comes in is added up (K) or searched for its largest magnitudes (V), the blocks exchange their partial results, and the codes are
@@ -23,6 +24,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
+#include "quant/residual.cuh"
 #include "tile/elements.cuh"
 #include "tile/swizzle.cuh"
 
@@ -278,20 +280,34 @@ DEVICE void encode_v(const PrepareParams& params, const Shared& shared, u32 slot
     }
     __syncthreads();
 
-    u8* const codes = params.v_codes + (static_cast<u64>(job.head) * params.tiles + tile) * CODE_BYTES;
+    const u64 of_all = static_cast<u64>(job.head) * params.tiles + tile;
+    u8* const codes = params.v_codes + of_all * CODE_BYTES;
+    // Of neighbouring channels in one word.
+    u32 residual[V_OCTETS * OCTET / 2];
 #pragma unroll
     for (int part = 0; part < V_OCTETS; ++part) {
         const u32 octet = threadIdx.x / 32 * V_OCTETS + part;
+        u32 of_channel[OCTET];
         float x[4][OCTET];
 #pragma unroll
         for (int i = 0; i < 4; ++i) widen(x[i], raw[part][i]);
 #pragma unroll
         for (u32 e = 0; e < OCTET; ++e) {
             const float by = shared.of_head[octet * OCTET + e];
-            const u32 word = pack_e4m3(x[0][e] * by, x[1][e] * by, x[2][e] * by, x[3][e] * by);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i][e] *= by;
+            const u32 word = pack_e4m3(x[0][e], x[1][e], x[2][e], x[3][e]);
             store_4_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(octet * OCTET + e, lane * 4), word);
+            of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
         }
+#pragma unroll
+        for (int pair = 0; pair < OCTET / 2; ++pair) residual[part * OCTET / 2 + pair] = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
     }
+    constexpr u32 PAIRS = V_OCTETS * OCTET / 2, SHARERS = 32 / PAIRS;
+    float sum[2];
+    unpack_f16(sum_over_warp(residual), sum[0], sum[1]);
+    float* const to = params.v_residuals + of_all * HEAD_DIM + threadIdx.x / 32 * V_OCTETS * OCTET + lane / SHARERS * 2;
+    if (lane % SHARERS == 0) store_8_bytes(to, __float_as_uint(sum[0]), __float_as_uint(sum[1]));
 }
 
 /// A block's way through its jobs.

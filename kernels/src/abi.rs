@@ -31,6 +31,8 @@ pub struct PrepareParams {
     pub k_mean: u64,
     /// `[batch * kv_heads, HEAD_DIM]` f32.
     pub v_scales: u64,
+    /// `[batch * kv_heads, tiles, HEAD_DIM]` f32: sum over the tile's keys of v / scale - code.
+    pub v_residuals: u64,
     /// `[batch * kv_heads, tiles, 4]` f32.
     pub k_scales: u64,
     /// `[batch * kv_heads, tiles, 128 * HEAD_DIM]` bytes.
@@ -61,7 +63,7 @@ pub struct PrepareParams {
     pub next_work: u64,
 }
 const _: () = assert!(
-    size_of::<PrepareParams>() == 160,
+    size_of::<PrepareParams>() == 168,
     "PrepareParams in abi.cuh has the same size"
 );
 
@@ -83,6 +85,8 @@ pub struct AttnParams {
     pub k_scales: u64,
     /// As in [`PrepareParams`].
     pub v_scales: u64,
+    /// As in [`PrepareParams`].
+    pub v_residuals: u64,
     /// As in [`PrepareParams`]. Read only with `LSE`.
     pub k_mean: u64,
     /// Elements from one batch, head, row of Q to the next.
@@ -115,7 +119,7 @@ pub struct AttnParams {
     pub next_work: u64,
 }
 const _: () = assert!(
-    size_of::<AttnParams>() == 168,
+    size_of::<AttnParams>() == 176,
     "AttnParams in abi.cuh has the same size"
 );
 

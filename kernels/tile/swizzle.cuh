@@ -28,9 +28,13 @@ DEVICE u64 operand_descriptor(u32 address) {
     return mode << 62 | (eight_rows >> 4) << 32 | u64{1} << 16 | u64{address >> 4};
 }
 
-/// The descriptor of an operand `bytes` behind. In the low word alone: a 64-bit sum would carry from one half to the other in every GEMM's issue.
+/// The descriptor of an operand `bytes` behind. In the low word alone, of which the compiler is not told that it belongs to a larger number: a 64-bit
+/// sum would carry from one half to the other in every GEMM's issue.
 DEVICE u64 descriptor_at(u64 descriptor, u32 bytes) {
-    return descriptor >> 32 << 32 | u64{static_cast<u32>(descriptor) + bytes / 16};
+    const u32 low = static_cast<u32>(descriptor) + bytes / 16, high = static_cast<u32>(descriptor >> 32);
+    u64 moved;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(moved) : "r"(low), "r"(high));
+    return moved;
 }
 
 /// Bytes from the start of a tile to its 32-byte slice `slice` along a row, for descriptors.

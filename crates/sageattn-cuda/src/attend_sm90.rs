@@ -39,10 +39,10 @@ pub(crate) const fn rounding(variant: &Attend) -> Rounding {
     }
 }
 
-/// Dynamic shared memory of a block: Q, then stages of K, V, K's scales and the barriers of two rings,
-/// ones, then the works, their barriers and V's scales for each.
+/// Dynamic shared memory of a block: Q and two barriers of each slab, then stages of K, V, K's scales and
+/// the barriers of two rings, ones, then the works, their barriers and V's scales for each.
 pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
-    let q = WARPGROUP_ROWS * variant.width;
+    let q = WARPGROUP_ROWS * variant.width + STAGE_BARRIERS;
     let tile = TILE_KEYS * variant.width;
     let k_scales = K_GROUPS * 4;
     let v_scales = 4 * variant.width;
@@ -83,6 +83,7 @@ pub(crate) fn attend(
             v_codes: at(ranges.v_codes),
             k_scales: at(ranges.k_scales),
             v_scales: at(ranges.v_scales),
+            v_residuals: at(ranges.v_residuals),
             k_mean: at(ranges.k_mean),
             q_stride: q.strides,
             o_stride: o.strides,

@@ -29,22 +29,22 @@ macro_rules! fields {
     };
 }
 
-// SAFETY: nine device addresses, six i64, eight u32, one device address: 160 bytes without padding, as
+// SAFETY: ten device addresses, six i64, eight u32, one device address: 168 bytes without padding, as
 // PrepareParams in abi.cuh; compiling a kernel checks size and offsets.
 unsafe impl Params for PrepareParams {
     const ENTRIES: &'static [&'static str] = &["kv_statistics", "kv_encode", "kv_prepare_sm90"];
     const FIELDS: &'static [(&'static str, usize)] = fields! {
-        k v k_sums v_maxima k_mean v_scales k_scales k_codes v_codes k_stride v_stride kv_heads kv_len
+        k v k_sums v_maxima k_mean v_scales v_residuals k_scales k_codes v_codes k_stride v_stride kv_heads kv_len
         head_dim tiles pieces tiles_per_piece samples heads next_work
     };
 }
 
-// SAFETY: eight device addresses, six i64, nine u32, one f32, one i64, one device address: 168 bytes
+// SAFETY: nine device addresses, six i64, nine u32, one f32, one i64, one device address: 176 bytes
 // without padding, as AttnParams in abi.cuh; compiling a kernel checks size and offsets.
 unsafe impl Params for AttnParams {
     const ENTRIES: &'static [&'static str] = &["attn_i8_f8_sm90"];
     const FIELDS: &'static [(&'static str, usize)] = fields! {
-        q o lse k_codes v_codes k_scales v_scales k_mean q_stride o_stride batch q_heads
+        q o lse k_codes v_codes k_scales v_scales v_residuals k_mean q_stride o_stride batch q_heads
         q_heads_per_kv_head q_len kv_len head_dim tiles row_blocks works softmax_scale diagonal next_work
     };
 }

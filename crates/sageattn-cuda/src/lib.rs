@@ -61,8 +61,8 @@ use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 use crate::compile::{Cache, Nvrtc};
 use crate::launch::{Kernel, Params};
 use crate::plan::half::{self, HalfChoice};
-pub use crate::plan::variants;
 use crate::plan::{Choice, CudaPlan, Machine, Preparation, Prepared, Stages};
+pub use crate::plan::{RowMaximum, variants};
 pub use crate::variant::{Attend, Half, HalfTile, Prepare, PrepareOnce, Variant, WIDTHS};
 
 const NAME: &str = "cuda";
@@ -135,7 +135,7 @@ impl Cuda {
                 multiprocessors: multiprocessors.unsigned_abs(),
                 overlap: driver >= OVERLAP_IN_GRAPHS,
                 largest_cluster: LARGEST_CLUSTER,
-                lazy_maximum: false,
+                row_maximum: None,
             },
             prepare: Mutex::default(),
             attend: Mutex::default(),
@@ -144,13 +144,11 @@ impl Cuda {
         })
     }
 
-    /// Lets row maxima of `sage2-i8-f8` go stale until P is about to leave e4m3's range: softmax stays exact, P
-    /// is rounded at another scale. That takes about a tenth off the attention kernel's time and adds 2 to 5 %
-    /// to the recipe's error (`docs/results/h100.md`), which is then above the bound that the conformance suite
-    /// holds the recipe to on two of its four files. Off unless asked for.
+    /// Fixes how `sage2-i8-f8` keeps row maxima. Without it plans choose: [`RowMaximum::Running`] up to 1024
+    /// keys, [`RowMaximum::Lazy`] beyond.
     #[must_use]
-    pub fn with_lazy_maximum(mut self) -> Self {
-        self.machine.lazy_maximum = true;
+    pub fn with_row_maximum(mut self, maximum: RowMaximum) -> Self {
+        self.machine.row_maximum = Some(maximum);
         self
     }
 

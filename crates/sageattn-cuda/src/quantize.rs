@@ -59,6 +59,7 @@ pub(crate) fn params(
         v_maxima: at(ranges.v_maxima),
         k_mean: at(ranges.k_mean),
         v_scales: at(ranges.v_scales),
+        v_residuals: at(ranges.v_residuals),
         k_scales: at(ranges.k_scales),
         k_codes: at(ranges.k_codes),
         v_codes: at(ranges.v_codes),

@@ -12,7 +12,8 @@
 //! O   = a O + sum_j p_j v_j
 //! ```
 //!
-//! and in the end `O = v_scale O / l`.
+//! and in the end `O = v_scale (O / l + r)`, where `r` is the mean of what e4m3 rounded off V in the
+//! tiles that the row's block of rows sees, and zero in the other recipes.
 
 use std::f32::consts::{LN_2, LOG2_E};
 
@@ -20,7 +21,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::exact::dot;
-use super::quantize::{self, Codes, VOperand};
+use super::quantize::{self, Codes, RESIDUAL_ROWS, RESIDUAL_TILE, VOperand};
 use super::{e4m3, exact, for_all_rows, kv_head, to_f32};
 use crate::{
     DType, Divisor, HostOutput, KeyOrder, Outputs, Problem, PvQuant, QkQuant, Recipe, Reference,
@@ -174,6 +175,7 @@ impl<'a> Prepared<'a> {
             PvQuant::None | PvQuant::Native => VOperand {
                 values: rows.to_vec(),
                 scales: vec![1.0; head_dim],
+                residual_sums: Vec::new(),
             },
             PvQuant::F16 => quantize::v_f16(rows, head_dim, self.problem.dtype()),
             PvQuant::E4m3 => quantize::v_e4m3(rows, head_dim),
@@ -210,13 +212,31 @@ impl<'a> Prepared<'a> {
             let tile = &values.values[keys.start * head_dim..keys.end * head_dim];
             softmax.step(&scores, tile, self.recipe.pv);
         }
-        softmax.finish(&values.scales, self.recipe.pv, rounding.divisor, out);
+        softmax.finish(
+            values,
+            self.residual(values, row),
+            self.recipe.pv,
+            rounding.divisor,
+            out,
+        );
 
         // The scores were those of the smoothed keys: LSE(Q K^T) = LSE(Q K'^T) + scale q . mean.
         let query = &self.tensors[0][(head * self.problem.shape().q_len + row) * head_dim..];
         let offset = &self.keys[kv_head].means;
         let correction = to_f32(dot(&query[..head_dim], offset)) * self.problem.softmax_scale();
         softmax.lse() + correction
+    }
+
+    /// Sums over the tiles that a row's block of rows sees of what rounding took from V, and the number
+    /// of keys in them.
+    fn residual<'v>(&self, values: &'v VOperand, row: usize) -> Option<(&'v [f32], f32)> {
+        let shape = self.problem.shape();
+        let last_row =
+            (row / RESIDUAL_ROWS * RESIDUAL_ROWS + RESIDUAL_ROWS - 1).min(shape.q_len - 1);
+        let tiles = self.problem.visible_keys(last_row).div_ceil(RESIDUAL_TILE);
+        let sums = values.residual_sums.chunks_exact(shape.head_dim);
+        let of_tiles = sums.take(tiles).last()?;
+        Some((of_tiles, (tiles * RESIDUAL_TILE).min(shape.kv_len) as f32))
     }
 
     /// One score in log2 units.
@@ -380,8 +400,15 @@ impl OnlineSoftmax {
         }
     }
 
-    /// Writes `scale * O / l`, or zero when the row saw no key.
-    fn finish(&self, scales: &[f32], pv: PvQuant, divisor: Divisor, out: &mut [f32]) {
+    /// Writes `scale * (O / l + residual)`, or zero when the row saw no key.
+    fn finish(
+        &self,
+        values: &VOperand,
+        residual: Option<(&[f32], f32)>,
+        pv: PvQuant,
+        divisor: Divisor,
+        out: &mut [f32],
+    ) {
         if self.reference == f32::NEG_INFINITY {
             out.fill(0.0);
             return;
@@ -398,8 +425,10 @@ impl OnlineSoftmax {
                     }
             }
         };
-        for ((result, sum), scale) in out.iter_mut().zip(&self.out).zip(scales) {
-            *result = sum / divisor * scale;
+        let sums = self.out.iter().zip(&values.scales).enumerate();
+        for (result, (channel, (sum, scale))) in out.iter_mut().zip(sums) {
+            let rounded_off = residual.map_or(0.0, |(sums, keys)| sums[channel] / keys);
+            *result = (sum / divisor + rounded_off) * scale;
         }
     }
 

@@ -30,7 +30,17 @@ pub struct VOperand {
     pub values: Vec<f32>,
     /// One factor per channel.
     pub scales: Vec<f32>,
+    /// What rounding took away, in units of `scales`: row t holds for every channel the sum of
+    /// `x / scale - value` over the keys of tiles 0 to t, of [`RESIDUAL_TILE`] keys each. Empty where the
+    /// recipe does not correct O by it.
+    pub residual_sums: Vec<f32>,
 }
+
+/// Keys of one row of [`VOperand::residual_sums`].
+pub const RESIDUAL_TILE: usize = 128;
+
+/// Rows of Q that share a correction: the tiles that the last of them sees.
+pub const RESIDUAL_ROWS: usize = 64;
 
 /// The vector subtracted from every key: zero, the mean, or a sampled mean. Summed in f64 and rounded
 /// once; kernels sum in f32 and must come within 1e-5 of the largest |K|.
@@ -136,11 +146,28 @@ pub fn v_int8(values: &[f32], head_dim: usize) -> VOperand {
     })
 }
 
-/// V in e4m3, one scale per channel.
+/// V in e4m3, one scale per channel, and what that rounding took away.
+///
+/// The weights of a row sum to one, so the mean rounding error of V passes into O whatever the weights
+/// are; only the rest is averaged out by them. A kernel adds the mean back: `docs/numerics.md`.
 pub fn v_e4m3(values: &[f32], head_dim: usize) -> VOperand {
-    per_channel(values, head_dim, e4m3::MAX, |x, scale| {
+    let mut operand = per_channel(values, head_dim, e4m3::MAX, |x, scale| {
         e4m3::round(x * (1.0 / scale))
-    })
+    });
+    let mut sums = vec![0.0f32; head_dim];
+    let tiles = values.chunks(RESIDUAL_TILE * head_dim);
+    for (tile, codes) in tiles.zip(operand.values.chunks(RESIDUAL_TILE * head_dim)) {
+        for (row, codes) in tile.chunks(head_dim).zip(codes.chunks(head_dim)) {
+            for (sum, ((&x, &code), &scale)) in sums
+                .iter_mut()
+                .zip(row.iter().zip(codes).zip(&operand.scales))
+            {
+                *sum += x * (1.0 / scale) - code;
+            }
+        }
+        operand.residual_sums.extend_from_slice(&sums);
+    }
+    operand
 }
 
 /// V in f16. bf16 and f32 reach further than f16: a channel above [`F16_V_MAX`] is divided by the
@@ -160,6 +187,7 @@ pub fn v_f16(values: &[f32], head_dim: usize, dtype: DType) -> VOperand {
     VOperand {
         values: rounded.collect(),
         scales: scales.clone(),
+        residual_sums: Vec::new(),
     }
 }
 
@@ -194,6 +222,7 @@ fn per_channel(
     VOperand {
         values: rounded.collect(),
         scales: scales.clone(),
+        residual_sums: Vec::new(),
     }
 }
 
@@ -251,6 +280,20 @@ mod tests {
         assert_eq!(got.scales, [32.0, 1.0]);
         assert_eq!(got.values[0], 32768.0);
         assert_eq!(v_f16(&[65504.0], 1, DType::F16).scales, [1.0]);
+    }
+
+    /// 17 lies midway between the e4m3 numbers 16 and 18, and 448 is the largest one.
+    #[test]
+    fn residuals_are_summed_over_tiles() {
+        let mut v = [[0.0, 1.0]; RESIDUAL_TILE + 1];
+        v[0][0] = 17.0;
+        v[1][0] = 448.0;
+        v[RESIDUAL_TILE][0] = 18.75;
+        v[0][1] = 448.0;
+        let got = v_e4m3(v.as_flattened(), 2);
+        assert_eq!(got.scales, [1.0, 1.0]);
+        assert_eq!(got.residual_sums, [1.0, 0.0, 1.75, 0.0]);
+        assert!(v_int8(v.as_flattened(), 2).residual_sums.is_empty());
     }
 
     #[test]

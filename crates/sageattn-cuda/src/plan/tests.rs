@@ -11,7 +11,7 @@ const H100: Machine = Machine {
     multiprocessors: 132,
     overlap: true,
     largest_cluster: 16,
-    lazy_maximum: false,
+    row_maximum: None,
 };
 
 fn shape() -> Shape {
@@ -154,11 +154,11 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                         );
                         let problem = problem.unwrap();
                         let recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
-                        for (q_len, lazy_maximum, largest_cluster) in [
-                            (1, false, 16),
-                            (1, true, 0),
-                            (9999, false, 0),
-                            (9999, true, 16),
+                        for (q_len, maximum, largest_cluster) in [
+                            (1, RowMaximum::Running, 16),
+                            (1, RowMaximum::Lazy, 0),
+                            (9999, RowMaximum::Running, 0),
+                            (9999, RowMaximum::Lazy, 16),
                         ] {
                             let shape = Shape {
                                 q_len,
@@ -167,7 +167,7 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                             let problem = Problem::new(shape, dtype).unwrap();
                             let problem = problem.with_mask(mask).with_outputs(outputs);
                             let machine = Machine {
-                                lazy_maximum,
+                                row_maximum: Some(maximum),
                                 largest_cluster,
                                 ..H100
                             };
@@ -189,6 +189,25 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
     }
     let quantized = |variant: &Variant| !matches!(variant, Variant::Half(_));
     assert_eq!(met, known.into_iter().filter(quantized).collect());
+}
+
+#[test]
+fn few_keys_follow_their_maximum() {
+    let of = |kv_len, row_maximum| {
+        let shape = Shape { kv_len, ..shape() };
+        let machine = Machine {
+            row_maximum,
+            ..H100
+        };
+        let problem = Problem::new(shape, DType::F16).unwrap();
+        let choice = choose(&problem, &Recipe::SAGE2_I8_F8, machine).unwrap();
+        choice.attend.running_max
+    };
+    assert!(of(1, None));
+    assert!(of(1024, None));
+    assert!(!of(1025, None));
+    assert!(!of(1024, Some(RowMaximum::Lazy)));
+    assert!(of(1025, Some(RowMaximum::Running)));
 }
 
 #[test]
@@ -248,6 +267,7 @@ fn launches_stay_within_the_workspace() {
     assert_eq!(of_attend.v_codes, prepare.v_codes);
     assert_eq!(of_attend.k_scales, prepare.k_scales);
     assert_eq!(of_attend.v_scales, prepare.v_scales);
+    assert_eq!(of_attend.v_residuals, prepare.v_residuals);
     assert_eq!(of_attend.k_mean, prepare.k_mean);
     assert_eq!(of_attend.next_work, prepare.next_work);
     // 4 (batch, KV head) pairs of 4 tiles of 128 x 128 codes.

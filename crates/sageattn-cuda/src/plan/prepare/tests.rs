@@ -6,7 +6,7 @@ const H100: Machine = Machine {
     multiprocessors: 132,
     overlap: true,
     largest_cluster: 16,
-    lazy_maximum: false,
+    row_maximum: None,
 };
 
 /// Blocks of a cluster, tiles of each, and blocks on a multiprocessor, where K and V are read once.
