@@ -101,10 +101,9 @@ class Kernel:
         return launch
 
 
-def attention(head_dim, length, causal, running):
+def attention(head_dim, causal, running):
     """The variant that a plan chooses (`tile` in crates/sageattn-cuda/src/plan.rs)."""
-    few = (causal and length <= 1024) if head_dim == 64 else length <= (2048 if causal else 1024)
-    consumers = 2 if few or head_dim == 256 else 3
+    consumers = 2 if head_dim == 256 else 3
     stages = {64: 6, 128: 5, 256: 3}[head_dim]
     shared = consumers * (64 * head_dim + 16) + stages * (256 * head_dim + 48) + 256 + 64 + 8 * head_dim
     constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, RUNNING_MAX=int(running), CONSUMERS=consumers, STAGES=stages)
@@ -137,7 +136,7 @@ class Ours:
     def __init__(self, shape, causal, running):
         self.shape, self.causal = shape, causal
         batch, heads, length, head_dim = shape
-        self.attend = attention(head_dim, length, causal, running)
+        self.attend = attention(head_dim, causal, running)
         self.prepare, self.cluster, self.each, self.turns = preparation(head_dim, batch * heads, -(-length // 128))
         self.kernels = [self.attend, self.prepare]
 

@@ -14,6 +14,8 @@
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 //           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
+//           Where O does not shrink and S and T fit side by side (RUNNING_MAX 0, HEAD_DIM 64), T takes in four tiles before it is added to O, and
+//           there are no turns: exponentials bound that shape, whatever the order.
 // Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | ones [8 x 32] | K scales [STAGES][4] f32 |
 //           barriers | works
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
@@ -46,6 +48,12 @@ constexpr int PANELS = HEAD_DIM / PANEL;
 constexpr int PANEL_WORDS = PANEL / 2;
 constexpr int SCORE_PARTS = TILE_KEYS / PANEL;
 using Scores = i32[SCORE_PARTS][PANEL_WORDS];
+using Partial = i32[PANEL_WORDS];
+
+/// S and T have registers of their own, so that both GEMMs of a step are under way together.
+constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
+/// Tiles that T takes in before it is added to O, where they are apart. Up to 16 no error was seen to come of it with these P, which stay near 2^3.
+constexpr int TILES_OF_PARTIAL = 4;
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
@@ -56,12 +64,12 @@ using WorkCursor = Cursor<WORK_SLOTS>;
 /// A warpgroup's slab of Q, when it carries V's mean residuals.
 using ResidualRing = Ring<1>;
 
-/// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left.
+/// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left. A row below 0 is no row, like one past the last.
 struct Work {
     u32 batch;
     u32 head;
     u32 kv_head;
-    u32 row;
+    i32 row;
 };
 static_assert(sizeof(Work) == 16, "one load");
 
@@ -84,26 +92,38 @@ static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and cop
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
 static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
 
+/// Blocks of rows end with the head's last 64: it is the first block that may have fewer, the one that sees the fewest keys. Such blocks come last, when
+/// a multiprocessor has room for a small work.
 DEVICE Work decode_work(const AttnParams& params, u32 index) {
-    const u32 block = index % params.row_blocks;
-    const u32 head = index / params.row_blocks;
+    const i32 slabs = (params.q_len + ROWS - 1) / ROWS;
+    const i32 missing = params.row_blocks * CONSUMERS - slabs;
+    const u32 whole_blocks = params.row_blocks - (missing > 0 ? 1 : 0);
+    const u32 whole_works = params.works / params.row_blocks * whole_blocks;
+    u32 head, block = 0;
+    if (index < whole_works) {
+        head = index / whole_blocks;
+        // With a causal mask the last rows see the most keys: the longest works of a head start first.
+        block = params.row_blocks - 1 - index % whole_blocks;
+    } else {
+        head = index - whole_works;
+    }
     Work work;
-    work.batch = head / params.q_heads;
+    work.batch = index < params.works ? head / params.q_heads : params.batch;
     work.head = head % params.q_heads;
     work.kv_head = work.batch * (params.q_heads / params.q_heads_per_kv_head) + work.head / params.q_heads_per_kv_head;
-    // With a causal mask the last rows see the most keys: the longest works of a head start first.
-    work.row = (CAUSAL ? params.row_blocks - 1 - block : block) * (CONSUMERS * ROWS);
+    work.row = (static_cast<i32>(block * CONSUMERS) - missing) * ROWS;
     return work;
 }
 
 /// Tiles that rows [row, row + ROWS) see at least one key of, or that the last row of the head does.
-DEVICE int visible_tiles(const AttnParams& params, u32 row) {
-    const u32 last_row = min(row + ROWS, params.q_len) - 1;
+DEVICE int visible_tiles(const AttnParams& params, i32 row) {
+    if (row < 0) return 0;
+    const u32 last_row = min(static_cast<u32>(row) + ROWS, params.q_len) - 1;
     return (last_visible_key<CAUSAL>(last_row, params.diagonal, params.kv_len) + TILE_KEYS) / TILE_KEYS;
 }
 
 /// Tiles that rows [row, row + ROWS) see every key of.
-DEVICE int unmasked_tiles(const AttnParams& params, u32 row) {
+DEVICE int unmasked_tiles(const AttnParams& params, i32 row) {
     return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
 }
 
@@ -130,17 +150,12 @@ DEVICE void multiply_qk(Scores& scores, u64 q, u64 k) {
     }
 }
 
-/// T = P V for one panel of channels.
-DEVICE void multiply_pv(i32 (&partial)[PANEL_WORDS], const u32 (&p)[16], u64 v) {
+/// T = P V + (more ? T : 0) for one panel of channels; `more` only where S and T are apart.
+DEVICE void multiply_pv(Partial& partial, const u32 (&p)[16], u64 v, bool more = false) {
     const auto multiply = [&](auto slice) {
         constexpr int n = decltype(slice)::value;
         const u64 keys = descriptor_at(v, slice_offset<PANEL, TILE_KEYS>(n));
-        constexpr bool accumulate = n > 0;
-        if constexpr (PANEL == 64) {
-            wgmma_m64n64k32_e4m3<accumulate>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
-        } else {
-            wgmma_m64n128k32_e4m3<accumulate>(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys);
-        }
+        wgmma_k32_e4m3(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0 || more);
     };
     static_assert(TILE_KEYS == 4 * 32, "four slices");
     multiply(Constant<0>{});
@@ -216,7 +231,7 @@ DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
     u32 word[4];
     load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
     // The same in every lane, which a shuffle tells the compiler.
-    return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), __shfl_sync(~0u, word[3], 0)};
+    return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), static_cast<i32>(__shfl_sync(~0u, word[3], 0))};
 }
 
 /// A slab carries residuals once a work, so its parity changes with each, as the slot of the work does.
@@ -282,7 +297,7 @@ DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* ro
     return params.softmax_scale * quad_sum(sum);
 }
 
-/// Address of a query's row in q or o, null past the last.
+/// Address of a query's row in q or o, null past the last and (as unsigned) before the first.
 DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&stride)[3], const Work& work, u32 row) {
     return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
 }
@@ -293,7 +308,7 @@ DEVICE u32 row_of_thread(int h) {
 }
 
 /// Q of the warpgroup's rows into its slab; returns what turns a score times a K scale into a base-2 logit.
-DEVICE float load_q(const AttnParams& params, const Work& work, u32 first_row, u32 slab) {
+DEVICE float load_q(const AttnParams& params, const Work& work, i32 first_row, u32 slab) {
     const u8* q_row[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) q_row[h] = query_row(params, params.q, params.q_stride, work, first_row + row_of_thread(h));
@@ -304,7 +319,7 @@ DEVICE float load_q(const AttnParams& params, const Work& work, u32 first_row, u
 }
 
 /// O / (sum of P) and V's mean residuals, times V's channel scales; both in shared memory at these addresses. A row without keys has sum 0 and gives 0.
-DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_row, u32 v_scales, u32 residuals, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
+DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_row, u32 v_scales, u32 residuals, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
     const int lane = threadIdx.x % 32;
     u8* o_row[2];
     float any[2], normalize[2];
@@ -338,7 +353,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, u32 first_r
 }
 
 /// LSE = ln(sum of P) + reference, in natural units, and what smoothing took away. -inf for a row without keys.
-DEVICE void store_lse(const AttnParams& params, const Work& work, u32 first_row, const RowState& rows) {
+DEVICE void store_lse(const AttnParams& params, const Work& work, i32 first_row, const RowState& rows) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -358,7 +373,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
     const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
     const u64 ones = operand_descriptor<32>(pipeline.shared + ONES_AT);
-    const Turns<CONSUMERS> turns{static_cast<u32>(warpgroup)};
+    const Turns<CONSUMERS, !APART> turns{static_cast<u32>(warpgroup)};
     const ResidualRing residual_ring = pipeline.residual(warpgroup);
     StageCursor k_at, v_at;
     WorkCursor work_at;
@@ -368,7 +383,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         pipeline.work().wait(work_at);
         const Work work = work_in_slot(pipeline, work_at);
         if (work.batch >= params.batch) break;
-        const u32 first_row = work.row + warpgroup * ROWS;
+        const i32 first_row = work.row + warpgroup * ROWS;
         const int block_tiles = tiles_of_work(params, work);
         const int own_tiles = visible_tiles(params, first_row);
         const int whole_tiles = unmasked_tiles(params, first_row);
@@ -378,6 +393,9 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
 
         Scores scores;
+        Partial apart = {};
+        Partial& partial = APART ? apart : scores[0];
+        int tiles_in_partial = 0;
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
@@ -389,19 +407,13 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             multiply_qk(scores, q, descriptor_at(k_stages, k_at.stage * TILE_BYTES));
             wgmma_commit();
         };
-        const auto finish_qk = [&]() {
+        const auto k_multiplier = [&]() {
             const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
-            multiplier = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
-            wgmma_wait<0>();
-#pragma unroll
-            for (auto& part : scores) wgmma_result(part);
-            k_ring.release(k_at, elected);
-            k_at.advance();
+            return fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
         };
         const auto add_pv = [&](const u32 (&p)[16], auto panel) {
             constexpr int n = decltype(panel)::value;
             constexpr bool with_sums = RUNNING_MAX && n == PANELS - 1;
-            i32(&partial)[PANEL_WORDS] = scores[0];
             i32 sums[4];
             wgmma_fence();
             if constexpr (with_sums) multiply_p_ones(sums, p, ones);
@@ -421,11 +433,6 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 for (int row = 0; row < 2; ++row) rows.sum[row] = fmaf(rows.sum[row], shrink[row], __int_as_float(sums[2 * row]));
             }
         };
-        const auto end_turn = [&]() {
-            turns.pass();
-            v_ring.release(v_at, elected);
-            v_at.advance();
-        };
         const auto last_columns = [&](i32 (&last)[2], int tile) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -433,11 +440,19 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 last[h] = key - tile * TILE_KEYS - 2 * (threadIdx.x % 4);
             }
         };
+        // T, where it is apart, to O.
+        const auto merge_partial = [&]() {
+#pragma unroll
+            for (int i = 0; i < PANEL_WORDS; ++i) output[i] += __int_as_float(partial[i]);
+            tiles_in_partial = 0;
+        };
         // A row's reference is not lower than its first tile asks for; O is not there yet, or shrinks.
         const auto raise = [&](auto masked, const bool (&must)[2], const Logits& logits, const i32 (&last)[2]) {
             float top[2];
             largest_scores<decltype(masked)::value>(top, logits, last);
             raise_reference<decltype(masked)::value>(shrink, rows, must, top, multiplier);
+            // Also frees T's registers for what follows.
+            if (APART && tiles_in_partial > 0) merge_partial();
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
         };
@@ -469,32 +484,51 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 for (int row = 0; row < 2; ++row) rows.unrounded[row] += unrounded[row];
             }
         };
+        // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait.
+        // Behind the last tile Q meets what lies in K's stage, and nobody reads the scores: cheaper than a branch among the GEMMs.
         const auto attend_tile = [&](auto masked, int tile) {
             const bool more = tile + 1 < own_tiles;
             if (!more) residual_ring.release({}, elected);
             u32 p[16];
             softmax(masked, p, tile);
-
-            // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait.
             v_ring.wait(v_at);
             if (more) k_ring.wait(k_at);
             turns.wait();
-            add_pv(p, Constant<0>{});
-            if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
-            // Whose scores are in flight must not wait where branches meet: the compiler would serialize the GEMMs.
-            if (more) {
-                issue_qk();
-                end_turn();
-                finish_qk();
+            if constexpr (APART) {
+                wgmma_fence();
+                multiply_pv(partial, p, descriptor_at(v_stages, v_at.stage * TILE_BYTES), tiles_in_partial > 0);
             } else {
-                end_turn();
+                add_pv(p, Constant<0>{});
+                if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
             }
+            issue_qk();
+            turns.pass();
+            if constexpr (!APART) v_ring.release(v_at, elected);
+            multiplier = k_multiplier();
+            wgmma_wait<0>();
+            if constexpr (APART) {
+                wgmma_result(partial);
+                v_ring.release(v_at, elected);
+            }
+#pragma unroll
+            for (auto& part : scores) wgmma_result(part);
+            v_at.advance();
+            if (more) {
+                k_ring.release(k_at, elected);
+                k_at.advance();
+            }
+            if (APART && ++tiles_in_partial == TILES_OF_PARTIAL) merge_partial();
         };
 
         if (own_tiles > 0) {
             k_ring.wait(k_at);
             issue_qk();
-            finish_qk();
+            multiplier = k_multiplier();
+            wgmma_wait<0>();
+#pragma unroll
+            for (auto& part : scores) wgmma_result(part);
+            k_ring.release(k_at, elected);
+            k_at.advance();
             if constexpr (!RUNNING_MAX) {
                 i32 last[2];
                 Logits logits;
@@ -512,6 +546,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         for (; tile < unmasked; ++tile) attend_tile(Unmasked{}, tile);
 #pragma unroll 1
         for (; tile < own_tiles; ++tile) attend_tile(Masked{}, tile);
+        if (APART && tiles_in_partial > 0) merge_partial();
         // Tiles that only later warpgroups of the block see.
         for (; tile < block_tiles; ++tile) {
             k_ring.wait(k_at);

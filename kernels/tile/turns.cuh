@@ -5,20 +5,21 @@
 #pragma once
 #include "ptx/sync.cuh"
 
-template <int warpgroups>
+/// Without `taken` nobody waits.
+template <int warpgroups, bool taken = true>
 struct Turns {
     static constexpr u32 FIRST_BARRIER = 1;
     static constexpr int THREADS = 256;
     u32 warpgroup;
 
     DEVICE void open() const {
-        if (warpgroup == warpgroups - 1) named_barrier_arrive<THREADS>(FIRST_BARRIER);
+        if (taken && warpgroup == warpgroups - 1) named_barrier_arrive<THREADS>(FIRST_BARRIER);
     }
     DEVICE void wait() const {
-        named_barrier_wait<THREADS>(FIRST_BARRIER + warpgroup);
+        if (taken) named_barrier_wait<THREADS>(FIRST_BARRIER + warpgroup);
     }
     DEVICE void pass() const {
-        named_barrier_arrive<THREADS>(FIRST_BARRIER + (warpgroup == warpgroups - 1 ? 0 : warpgroup + 1));
+        if (taken) named_barrier_arrive<THREADS>(FIRST_BARRIER + (warpgroup == warpgroups - 1 ? 0 : warpgroup + 1));
     }
     /// After as many turns of every warpgroup.
     DEVICE void close() const {

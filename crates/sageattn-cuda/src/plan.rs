@@ -104,7 +104,7 @@ pub(crate) fn choose(
     let head_dim = small(shape.head_dim);
     let width = width(shape.head_dim);
     let cut = !head_dim.is_multiple_of(OCTET);
-    let (consumers, stages) = tile(width, small(shape.q_len), causal);
+    let (consumers, stages) = tile(width);
 
     let (batch, kv_heads) = (small(shape.batch), small(shape.kv_heads));
     let (q_heads, kv_len) = (small(shape.q_heads), small(shape.kv_len));
@@ -193,20 +193,14 @@ pub(crate) fn width(head_dim: usize) -> u32 {
 
 /// Consumer warpgroups and stages of the attention kernel. A block has the multiprocessor's 64 Ki
 /// registers and 227 KiB of shared memory to itself.
-const fn tile(width: u32, q_len: u32, causal: bool) -> (u32, u32) {
-    // Three warpgroups of 160 registers keep the tensor cores busy while the other two take
-    // exponentials; a fourth would leave each too few for S, P and O. Few queries are better cut
-    // into blocks of two: less of the last block is empty, and of a block on the diagonal. Up to
-    // these lengths that gained 4 to 16 % on an H100.
-    let few = match width {
-        64 => causal && q_len <= 1024,
-        _ => q_len <= if causal { 2048 } else { 1024 },
-    };
+const fn tile(width: u32) -> (u32, u32) {
     match width {
-        // Stages of 16 KiB are soon read: six of them cover the latency of memory.
-        64 => (if few { 2 } else { 3 }, 6),
+        // Three warpgroups of 160 registers keep the tensor cores busy while two take exponentials; a
+        // fourth would leave each too few for S, P and O. Stages of 16 KiB are soon read: six of them
+        // cover the latency of memory.
+        64 => (3, 6),
         // 32 KiB a stage: a sixth does not fit.
-        128 => (if few { 2 } else { 3 }, 5),
+        128 => (3, 5),
         // O alone takes 128 registers a thread: two warpgroups of 240. 64 KiB a stage: a fourth does
         // not fit.
         _ => (2, 3),
@@ -238,24 +232,19 @@ pub fn variants() -> Vec<Variant> {
             }
         }
         for (causal, lse) in [(false, false), (false, true), (true, false), (true, true)] {
-            let mut tiles = [1, u32::MAX]
-                .map(|q_len| tile(width, q_len, causal))
-                .to_vec();
-            tiles.dedup();
-            for (consumers, stages) in tiles {
-                variants.extend([true, false].map(|running_max| {
-                    Variant::Attend(Attend {
-                        width,
-                        dtype,
-                        causal,
-                        lse,
-                        cut,
-                        running_max,
-                        consumers,
-                        stages,
-                    })
-                }));
-            }
+            let (consumers, stages) = tile(width);
+            variants.extend([true, false].map(|running_max| {
+                Variant::Attend(Attend {
+                    width,
+                    dtype,
+                    causal,
+                    lse,
+                    cut,
+                    running_max,
+                    consumers,
+                    stages,
+                })
+            }));
         }
     }
     variants.extend(half::variants());

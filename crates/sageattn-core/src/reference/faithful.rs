@@ -235,7 +235,7 @@ impl<'a> Prepared<'a> {
             (row / RESIDUAL_ROWS * RESIDUAL_ROWS + RESIDUAL_ROWS - 1).min(shape.q_len - 1);
         let tiles = self.problem.visible_keys(last_row).div_ceil(RESIDUAL_TILE);
         let sums = values.residual_sums.chunks_exact(shape.head_dim);
-        let of_tiles = sums.take(tiles).last()?;
+        let of_tiles = sums.take(tiles).next_back()?;
         Some((of_tiles, (tiles * RESIDUAL_TILE).min(shape.kv_len) as f32))
     }
 

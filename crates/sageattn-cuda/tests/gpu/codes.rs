@@ -221,6 +221,7 @@ struct Codes<'a> {
     k_tiles: &'a [u8],
     v_scales: Vec<f32>,
     v_tiles: &'a [u8],
+    v_residuals: Vec<f32>,
 }
 
 impl<'a> Codes<'a> {
@@ -242,6 +243,7 @@ impl<'a> Codes<'a> {
             k_tiles: range("k_tiles"),
             v_scales: floats("v_scales"),
             v_tiles: range("v_tiles"),
+            v_residuals: floats("v_tile_residuals"),
         }
     }
 
@@ -305,6 +307,7 @@ impl<'a> Codes<'a> {
                 .fold(0.0, f32::max);
             let scale = self.v_scales[head * width + channel];
             scale_is(scale, amax, 448.0).map_err(|e| format!("V, channel {channel}: {e}"))?;
+            let mut residuals = vec![Residual::default(); tiles];
             for key in 0..tiles * TILE {
                 let (tile, within) = (key / TILE, key % TILE);
                 // Rows of 128 keys, swizzled; of each 16 keys, the two halves' pairs alternate.
@@ -316,9 +319,38 @@ impl<'a> Codes<'a> {
                 if (x - code).abs() > 0.501 * gap {
                     return Err(format!("V, key {key}, channel {channel}: {code} for {x}"));
                 }
+                residuals[tile].add(x, code);
+            }
+            for (tile, want) in residuals.iter().enumerate() {
+                let got = self.v_residuals[(head * tiles + tile) * width + channel];
+                want.is(got)
+                    .map_err(|e| format!("V, tile {tile}, channel {channel}: {e}"))?;
             }
         }
         Ok(())
+    }
+}
+
+/// What rounding took from a tile's keys in one channel, and how far a kernel that adds it up in f16 may
+/// be off.
+#[derive(Clone, Default)]
+struct Residual {
+    sum: f64,
+    tolerance: f64,
+}
+
+impl Residual {
+    fn add(&mut self, x: f32, code: f32) {
+        self.sum += f64::from(x) - f64::from(code);
+        // Half a unit in the last place of x, and as much for the sums that its residual passes through.
+        self.tolerance += f64::from(x.abs()) / 2048.0;
+    }
+
+    fn is(&self, got: f32) -> Result<(), String> {
+        match (f64::from(got) - self.sum).abs() <= self.tolerance {
+            true => Ok(()),
+            false => Err(format!("residual {got}, not {}", self.sum)),
+        }
     }
 }
 
