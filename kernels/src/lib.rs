@@ -42,6 +42,7 @@ pub const SOURCES: &[(&str, &str)] = sources![
     "quant/kv_statistics.cu",
     "quant/operations.cuh",
     "quant/q_rows.cuh",
+    "quant/residual.cuh",
     "sm90/attn_half.cu",
     "sm90/attn_i8_f8.cu",
     "sm90/kv_prepare.cu",
