@@ -444,15 +444,18 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const auto merge_partial = [&]() {
 #pragma unroll
             for (int i = 0; i < PANEL_WORDS; ++i) output[i] += __int_as_float(partial[i]);
-            tiles_in_partial = 0;
         };
         // A row's reference is not lower than its first tile asks for; O is not there yet, or shrinks.
         const auto raise = [&](auto masked, const bool (&must)[2], const Logits& logits, const i32 (&last)[2]) {
             float top[2];
             largest_scores<decltype(masked)::value>(top, logits, last);
             raise_reference<decltype(masked)::value>(shrink, rows, must, top, multiplier);
-            // Also frees T's registers for what follows.
-            if (APART && tiles_in_partial > 0) merge_partial();
+            if (APART && tiles_in_partial > 0) {
+                // T is then 0 and still added to: whether it is must be the same in all warps of the warpgroup, and not all come here.
+                merge_partial();
+#pragma unroll
+                for (auto& word : partial) word = 0;
+            }
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
         };
@@ -517,7 +520,10 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 k_ring.release(k_at, elected);
                 k_at.advance();
             }
-            if (APART && ++tiles_in_partial == TILES_OF_PARTIAL) merge_partial();
+            if (APART && ++tiles_in_partial == TILES_OF_PARTIAL) {
+                merge_partial();
+                tiles_in_partial = 0;
+            }
         };
 
         if (own_tiles > 0) {

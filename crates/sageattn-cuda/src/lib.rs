@@ -79,8 +79,8 @@ const LARGEST_CLUSTER: u32 = 16;
 /// From this driver on, launches that overlap can be captured in graphs.
 const OVERLAP_IN_GRAPHS: i32 = 12_030;
 
-/// An NVIDIA GPU, and the stream that its work goes to.
-#[derive(Debug)]
+/// An NVIDIA GPU, and the stream that its work goes to. Clones share both, and what is compiled.
+#[derive(Clone, Debug)]
 pub struct Cuda {
     stream: Arc<CudaStream>,
     nvrtc: Arc<Nvrtc>,
@@ -93,7 +93,7 @@ pub struct Cuda {
 }
 
 /// Kernels in use on this device.
-type Loaded<P> = Mutex<HashMap<Variant, Arc<Kernel<P>>>>;
+type Loaded<P> = Arc<Mutex<HashMap<Variant, Arc<Kernel<P>>>>>;
 
 impl Cuda {
     /// The device of that number, in the driver's order, on its primary context and a stream of its
@@ -137,9 +137,9 @@ impl Cuda {
                 largest_cluster: LARGEST_CLUSTER,
                 row_maximum: None,
             },
-            prepare: Mutex::default(),
-            attend: Mutex::default(),
-            half: Mutex::default(),
+            prepare: Loaded::default(),
+            attend: Loaded::default(),
+            half: Loaded::default(),
             stream,
         })
     }
@@ -294,6 +294,25 @@ impl Backend for Cuda {
 
     fn preferred(&self, problem: &Problem) -> Recipe {
         preferred::preferred(problem)
+    }
+
+    fn tiers(&self) -> Vec<&'static str> {
+        RowMaximum::NAMED.map(|(name, _)| name).to_vec()
+    }
+
+    /// `running` or `lazy`: see [`Cuda::with_row_maximum`].
+    fn with_tier(&self, tier: &str) -> Result<Arc<dyn Backend>, Error> {
+        let named = RowMaximum::NAMED
+            .into_iter()
+            .find(|(name, _)| *name == tier);
+        match named {
+            Some((_, maximum)) => Ok(Arc::new(self.clone().with_row_maximum(maximum))),
+            None => {
+                let known = self.tiers().join(", ");
+                let reason = format!("unknown name {tier:?}; {NAME} has {known}");
+                Err(Error::invalid("tier", reason))
+            }
+        }
     }
 
     fn plan(&self, problem: &Problem, recipe: &Recipe) -> Result<Box<dyn Plan>, Error> {

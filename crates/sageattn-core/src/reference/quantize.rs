@@ -154,15 +154,16 @@ pub fn v_e4m3(values: &[f32], head_dim: usize) -> VOperand {
     let mut operand = per_channel(values, head_dim, e4m3::MAX, |x, scale| {
         e4m3::round(x * (1.0 / scale))
     });
+    let zero: Vec<bool> = channel_amax(values, head_dim)
+        .into_iter()
+        .map(|amax| amax < ZERO_AMAX)
+        .collect();
     let mut sums = vec![0.0f32; head_dim];
     let tiles = values.chunks(RESIDUAL_TILE * head_dim);
     for (tile, codes) in tiles.zip(operand.values.chunks(RESIDUAL_TILE * head_dim)) {
         for (row, codes) in tile.chunks(head_dim).zip(codes.chunks(head_dim)) {
-            for (sum, ((&x, &code), &scale)) in sums
-                .iter_mut()
-                .zip(row.iter().zip(codes).zip(&operand.scales))
-            {
-                *sum += x * (1.0 / scale) - code;
+            for (channel, sum) in sums.iter_mut().enumerate().filter(|(c, _)| !zero[*c]) {
+                *sum += row[channel] * (1.0 / operand.scales[channel]) - codes[channel];
             }
         }
         operand.residual_sums.extend_from_slice(&sums);
@@ -294,6 +295,7 @@ mod tests {
         assert_eq!(got.scales, [1.0, 1.0]);
         assert_eq!(got.residual_sums, [1.0, 0.0, 1.75, 0.0]);
         assert!(v_int8(v.as_flattened(), 2).residual_sums.is_empty());
+        assert_eq!(v_e4m3(&[9e-31, -8e-31], 1).residual_sums, [0.0]);
     }
 
     #[test]
