@@ -24,8 +24,9 @@ constexpr float P_START_LOG2 = RUNNING_MAX ? 8.f : 3.f;
 constexpr float SAFE_SUM = LARGEST_E4M3;
 /// Lazy reference: how far it moves for a row whose sum was not safe although its maximum has not grown.
 constexpr float REFERENCE_STEP = 2.f;
-/// Lazy reference: no P above it when a tile is taken again. A power of two below 448, so that the sum and e4m3 hold the same.
-constexpr float P_LIMIT_LOG2 = 8.f;
+/// Lazy reference: no P above it when a tile is taken again. That of 448, so that the sum and e4m3 hold the same, and that rows which need not move
+/// keep theirs.
+constexpr float P_LIMIT_LOG2 = 8.8073549f;
 /// m of a row that has seen no key. Finite, so that no difference of two references is NaN.
 constexpr float NO_REFERENCE = -3e38f;
 /// Below every score: no product of s8 rows reaches it (256 * 127 * 127 < 2^23). As a float, exact.
