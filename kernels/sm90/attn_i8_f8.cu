@@ -52,6 +52,9 @@ using Partial = i32[PANEL_WORDS];
 
 /// S and T have registers of their own, so that both GEMMs of a step are under way together.
 constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
+/// Q K^T is issued behind the last tile as well, which is cheaper than a branch among the GEMMs. Not where the running maximum is to give LSE, too: there
+/// is no register left for what the compiler then keeps longer.
+constexpr bool QK_BEHIND_LAST = !(RUNNING_MAX && LSE);
 /// Tiles that T takes in before it is added to O, where they are apart. Up to 16 no error was seen to come of it with these P, which stay near 2^3.
 constexpr int TILES_OF_PARTIAL = 4;
 
@@ -488,7 +491,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             }
         };
         // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait.
-        // Behind the last tile Q meets what lies in K's stage, and nobody reads the scores: cheaper than a branch among the GEMMs.
+        // QK_BEHIND_LAST: behind the last tile Q meets what lies in K's stage, and nobody reads the scores.
         const auto attend_tile = [&](auto masked, int tile) {
             const bool more = tile + 1 < own_tiles;
             if (!more) residual_ring.release({}, elected);
@@ -504,22 +507,27 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 add_pv(p, Constant<0>{});
                 if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
             }
-            issue_qk();
-            turns.pass();
-            if constexpr (!APART) v_ring.release(v_at, elected);
-            multiplier = k_multiplier();
-            wgmma_wait<0>();
-            if constexpr (APART) {
-                wgmma_result(partial);
+            if (QK_BEHIND_LAST || more) {
+                issue_qk();
+                turns.pass();
+                if constexpr (!APART) v_ring.release(v_at, elected);
+                multiplier = k_multiplier();
+                wgmma_wait<0>();
+                if constexpr (APART) {
+                    wgmma_result(partial);
+                    v_ring.release(v_at, elected);
+                }
+#pragma unroll
+                for (auto& part : scores) wgmma_result(part);
+                if (more) {
+                    k_ring.release(k_at, elected);
+                    k_at.advance();
+                }
+            } else {
+                turns.pass();
                 v_ring.release(v_at, elected);
             }
-#pragma unroll
-            for (auto& part : scores) wgmma_result(part);
             v_at.advance();
-            if (more) {
-                k_ring.release(k_at, elected);
-                k_at.advance();
-            }
             if (APART && ++tiles_in_partial == TILES_OF_PARTIAL) {
                 merge_partial();
                 tiles_in_partial = 0;
