@@ -80,8 +80,7 @@ pub(crate) fn choose(problem: &Problem, multiprocessors: u32) -> Result<HalfChoi
 /// slot suffices for Q to come ahead; stages take what is left.
 ///
 /// A stale reference spares the maximum's shuffles and the multiplications of O, which count the more the
-/// wider O is: 5 % at 256 channels, 2 % (full) to 7 % (causal) at 128. At 64 they are half as many, and what
-/// is left is a branch: 1 % more from 197 to 1105 keys, 3 % less at 4096.
+/// wider O is: 2 to 11 % of a call at 128 channels, 8 to 11 % at 256. At 64 it costs 1 to 2 % at 1024 keys.
 /// 8 binades are few enough for f16, which has 16, and so many that references hardly move again.
 const fn tile(width: u32) -> HalfTile {
     match width {
