@@ -10,7 +10,8 @@ nvidia-cudnn-frontend 1.32.0 (a peer that is missing is left out and named).
 
 For each shape every kernel is timed in each of three rounds, at least 30 ms a round, by CUDA events around single calls; the figure is the median of
 the rounds' medians. Up to 2048 tokens a call is replayed from a CUDA graph, which takes the launch cost out for all alike.
-TOPS = 4 B H N N D / time, halved when causal. "alone" starts from what the preparation wrote, "whole" from 16-bit tensors; both end with 16-bit O.
+TOPS = 4 B H N N D / time, halved when causal. "alone" starts from what the preparation wrote, "whole" from 16-bit tensors; both end with 16-bit O. "half" is the
+recipe without quantization, one launch: its peers are the 16-bit ones.
 FP8 peers are given FP8 tensors.
 """
 import concurrent.futures
@@ -130,6 +131,14 @@ def preparation(head_dim, heads, tiles):
     raise ValueError("this shape is prepared in two launches: not in this comparison")
 
 
+# What plans choose (`tile` in crates/sageattn-cuda/src/plan/half.rs).
+HALF_TILES = {
+    64: dict(CONSUMERS=2, KEYS=128, Q_SLOTS=1, K_STAGES=5, V_STAGES=5, STALE=0),
+    128: dict(CONSUMERS=2, KEYS=128, Q_SLOTS=1, K_STAGES=3, V_STAGES=3, STALE=8),
+    256: dict(CONSUMERS=2, KEYS=80, Q_SLOTS=1, K_STAGES=2, V_STAGES=2, STALE=8),
+}
+
+
 class Ours:
     """A call of ours on tensors of [batch, heads, length, head_dim]."""
 
@@ -171,6 +180,50 @@ class Ours:
         self.whole = whole
         whole()
         return self
+
+
+class Half:
+    """A call of recipe `half`: one launch, which reads the tensors by tensor maps."""
+
+    def __init__(self, shape, causal):
+        self.shape, self.causal = shape, causal
+        head_dim = shape[3]
+        tile = HALF_TILES[head_dim]
+        row = 2 * head_dim
+        stages = tile["K_STAGES"] + tile["V_STAGES"]
+        shared = row * (64 * tile["CONSUMERS"] * tile["Q_SLOTS"] + tile["KEYS"] * stages) + 16 * (tile["Q_SLOTS"] + stages)
+        constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, **tile)
+        self.attend = Kernel("sm90/attn_half.cu", "attn_half_sm90", shared, **constants)
+        self.kernels = [self.attend]
+
+    def bind(self, q, k, v):
+        batch, heads, length, head_dim = self.shape
+        tile = self.attend.constants
+        rows = 64 * tile["CONSUMERS"]
+        self.o = torch.full_like(q, float("nan"))
+        row_blocks = -(-length // rows)
+        items = batch * heads * (-(-row_blocks // 2) if self.causal else row_blocks)
+        maps = tensor_map(q, rows) + tensor_map(k, tile["KEYS"]) + tensor_map(v, tile["KEYS"])
+        params = maps + struct.pack("<2Q4q8If11I", self.o.data_ptr(), 0, *self.o.stride()[:3], 0, batch * heads, heads, 1, length, length, head_dim,
+                                    row_blocks, items, head_dim ** -0.5, *[0] * 11)
+        config = self.attend.config(min(items, MULTIPROCESSORS), 128 * (tile["CONSUMERS"] + 1))
+        self.whole = self.attend.launcher(config, params)
+        self.whole()
+        return self
+
+
+def tensor_map(tensor, rows):
+    """f16 of [batch, heads, length, head_dim] in boxes of 64 channels and `rows` rows, 128-byte swizzle, 256-byte L2 promotion."""
+    memory = ctypes.create_string_buffer(192)
+    at = -(-ctypes.addressof(memory) // 64) * 64
+    wide, narrow = ctypes.c_uint64, ctypes.c_uint32
+    extents = (wide * 4)(*reversed(tensor.shape))
+    strides = (wide * 3)(*(2 * stride for stride in tensor.stride()[2::-1]))
+    box, steps = (narrow * 4)(64, rows, 1, 1), (narrow * 4)(1, 1, 1, 1)
+    half, plain, swizzle_128, promote_256 = 6, 0, 3, 3
+    check(cuda.cuTensorMapEncodeTiled(ctypes.c_void_p(at), half, 4, ctypes.c_void_p(tensor.data_ptr()), extents, strides, box, steps, plain, swizzle_128,
+                                      promote_256, 0), "tensor map")
+    return ctypes.string_at(at, 128)
 
 
 def sdpa(backend):
@@ -304,15 +357,17 @@ def build(ours):
 
 
 def compare(texts):
-    names = ["running, alone", "running, whole", "lazy, alone", "lazy, whole", *PEERS, "preparation, us"]
+    names = ["running, alone", "running, whole", "lazy, alone", "lazy, whole", "half", *PEERS, "preparation, us"]
     print("| shape | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     ours = {(text, running): Ours(*parse(text), running) for text in texts for running in (True, False)}
-    build(ours.values())
+    halves = {text: Half(*parse(text)) for text in texts}
+    build([*ours.values(), *halves.values()])
     for text in texts:
         shape, causal = parse(text)
         q, k, v = normal(shape, 0)
         running, lazy = (ours[text, kind].bind(q, k, v) for kind in (True, False))
-        calls = {"running, alone": running.alone, "running, whole": running.whole, "lazy, alone": lazy.alone, "lazy, whole": lazy.whole}
+        calls = {"running, alone": running.alone, "running, whole": running.whole, "lazy, alone": lazy.alone, "lazy, whole": lazy.whole,
+                 "half": halves[text].bind(q, k, v).whole}
         for name, make in PEERS.items():
             try:
                 calls[name] = make(q, k, v, causal)
@@ -335,7 +390,7 @@ def compare(texts):
             cells.append("-" if us is None else f"{us:.0f}" if name.endswith("us") else f"{operations / us / 1e6:.0f} ({us:.1f})" if length <= GRAPHS_UP_TO else f"{operations / us / 1e6:.0f}")
         print(f"| {text.replace(':', ' ')} | " + " | ".join(cells) + " |", flush=True)
         del calls, q, k, v
-        running.scratch = lazy.scratch = running.o = lazy.o = None
+        running.scratch = lazy.scratch = running.o = lazy.o = halves[text].o = None
 
 
 if __name__ == "__main__":

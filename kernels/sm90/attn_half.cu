@@ -9,7 +9,7 @@
 // Schedule  S of the next tile is asked for before O takes the P V of this one, so that exponentials run beside P V. The next tile may be the first of the
 //           next work: while O is stored, its scores are on their way.
 // Shared    Q [Q_SLOTS][CONSUMERS x 64 x HEAD_DIM] | K [K_STAGES][KEYS x HEAD_DIM] | V [V_STAGES][KEYS x HEAD_DIM] | barriers
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES as in README.md.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES, STALE as in README.md.
 #include "abi.cuh"
 #include "attn/softmax_half.cuh"
 #include "ptx/tensor_copy.cuh"
@@ -239,7 +239,7 @@ DEVICE u32 row_of_thread(int h) {
 }
 
 /// O / (sum of P), and LSE. A row without keys has sum 0 and gives 0 and -inf.
-DEVICE void store_rows(const HalfParams& params, const Work& work, u32 first_row, const float (&output)[PANELS][PANEL / 2], const RowState& rows, float c) {
+DEVICE void store_rows(const HalfParams& params, const Work& work, u32 first_row, const float (&output)[PANELS][PANEL / 2], const RowState& rows, Exponents exponents) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -260,7 +260,7 @@ DEVICE void store_rows(const HalfParams& params, const Work& work, u32 first_row
             store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
         }
         if constexpr (LSE) {
-            const float logarithm = sum > 0.f ? (rows.maximum[h] * c + log2_approx(sum)) * LN_2 : -__int_as_float(0x7f800000);
+            const float logarithm = sum > 0.f ? (rows.reference[h] * exponents.c + log2_approx(sum)) * LN_2 : -__int_as_float(0x7f800000);
             if (real && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
         }
     }
@@ -277,7 +277,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     Cursor<K_STAGES> k_at;
     Cursor<V_STAGES> v_at;
     const bool negative = params.softmax_scale < 0.f;
-    const float c = fmaxf(fabsf(params.softmax_scale) * LOG2_E, SMALLEST_MULTIPLIER);
+    const Exponents exponents = exponents_of(params.softmax_scale);
 
     Works works{blockIdx.x, false};
     Work work = works.get(params);
@@ -290,7 +290,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     float output[PANELS][PANEL / 2];
     u32 p[KEYS / 4];
     RowState rows;
-    float shrink[2];
+    Shrink shrink;
 
     const auto release_q = [&](bool done) {
         q_ring.release(q_at, done);
@@ -323,10 +323,10 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
             }
             mask_scores(scores, last);
         }
-        const float sum = scores_to_p(scores, shrink, rows, c);
+        const float sum = scores_to_p(scores, shrink, rows, exponents);
         // The stage could be given back before. But no sum of P is below -c, which the compiler cannot know: the exponentials stay ahead of this
         // arrival, and with it of the wait for P V, which ptxas would otherwise move in front of them.
-        const bool done = elected && !(sum < -c);
+        const bool done = elected && !(sum < -exponents.c);
         k_ring.release(k_at, done);
         k_at.advance();
         if (!Q_IN_REGISTERS && tile + 1 == tiles) release_q(done);
@@ -382,12 +382,12 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         softmax();
         finish_pv();
         if (ends) {
-            store_rows(params, done, done.row + warpgroup * ROWS, output, done_rows, c);
-        } else {
+            store_rows(params, done, done.row + warpgroup * ROWS, output, done_rows, exponents);
+        } else if (shrink.moved) {
 #pragma unroll
             for (int panel = 0; panel < PANELS; ++panel) {
 #pragma unroll
-                for (int i = 0; i < PANEL / 2; ++i) output[panel][i] *= shrink[fragment_row(i)];
+                for (int i = 0; i < PANEL / 2; ++i) output[panel][i] *= shrink.by[fragment_row(i)];
             }
         }
         pack();
@@ -396,7 +396,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     wgmma_fence();
     issue_pv(tile > 1);
     finish_pv();
-    store_rows(params, work, work.row + warpgroup * ROWS, output, rows, c);
+    store_rows(params, work, work.row + warpgroup * ROWS, output, rows, exponents);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_half_sm90(const __grid_constant__ HalfParams params) {

@@ -15,11 +15,13 @@ const STAGE_BARRIERS: u32 = 16;
 const ELEMENT: u32 = 2;
 
 /// How the kernel rounds P: `attn/softmax_half.cuh`.
-pub(crate) const fn rounding(variant: &Half) -> Rounding {
+pub(crate) fn rounding(variant: &Half) -> Rounding {
     Rounding {
         key_tile: variant.tile.keys as usize,
         key_order: KeyOrder::Ascending,
-        reference: Reference::Maximum { stale: 0.0 },
+        reference: Reference::Maximum {
+            stale: f32::from(variant.tile.stale),
+        },
         divisor: Divisor::UnroundedP,
     }
 }
