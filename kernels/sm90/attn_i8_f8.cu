@@ -64,7 +64,7 @@ using StageCursor = Cursor<STAGES>;
 constexpr int WORK_SLOTS = 2;
 using WorkRing = Ring<WORK_SLOTS>;
 using WorkCursor = Cursor<WORK_SLOTS>;
-/// A warpgroup's slab of Q, when it carries V's mean residuals.
+/// A warpgroup's slab of Q, when it carries V's mean residuals. Every thread on either side arrives for itself: once a work that costs nothing.
 using ResidualRing = Ring<1>;
 
 /// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left. A row below 0 is no row, like one past the last.
@@ -280,8 +280,7 @@ DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline) {
                 const u32 to = pipeline.shared + warpgroup * Q_SLAB + channel * sizeof(float);
                 store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
             }
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) mbarrier_arrive(ring.full(0));
+            mbarrier_arrive(ring.full(0));
         }
     }
 }
@@ -494,7 +493,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         // QK_BEHIND_LAST: behind the last tile Q meets what lies in K's stage, and nobody reads the scores.
         const auto attend_tile = [&](auto masked, int tile) {
             const bool more = tile + 1 < own_tiles;
-            if (!more) residual_ring.release({}, elected);
+            if (!more) residual_ring.release({}, true);
             u32 p[16];
             softmax(masked, p, tile);
             v_ring.wait(v_at);
@@ -551,7 +550,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 raise(Masked{}, {true, true}, logits, last);
             }
         } else {
-            residual_ring.release({}, elected);
+            residual_ring.release({}, true);
         }
         int tile = 0;
         // No more than there are; said to the compiler, it keeps less in local memory.
@@ -592,7 +591,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const _
         pipeline.k().init(4 * CONSUMERS);
         pipeline.v().init(4 * CONSUMERS);
         pipeline.work().init(4 * CONSUMERS);
-        for (int i = 0; i < CONSUMERS; ++i) pipeline.residual(i).init(4);
+        for (int i = 0; i < CONSUMERS; ++i) pipeline.residual(i).init(WARPGROUP, 32);
         mbarrier_init_fence();
     }
     for (u32 at = threadIdx.x * 16; at < ONES_BYTES; at += THREADS * 16) {

@@ -32,9 +32,9 @@ struct Ring {
         return barriers + 8 * (stages + stage);
     }
     /// By one thread, before any use.
-    DEVICE void init(u32 readers) const {
+    DEVICE void init(u32 readers, u32 writers = 1) const {
         for (u32 stage = 0; stage < stages; ++stage) {
-            mbarrier_init(full(stage), 1);
+            mbarrier_init(full(stage), writers);
             mbarrier_init(empty(stage), readers);
         }
     }
