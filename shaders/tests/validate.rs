@@ -20,7 +20,8 @@ fn validate(variant: &Variant, native: Native) -> Result<(Kernel, naga::Module),
     if matches!(variant, Variant::Attend(attend) if attend.needs_matrices()) {
         capabilities |= Capabilities::SHADER_FLOAT16
             | Capabilities::COOPERATIVE_MATRIX
-            | Capabilities::SUBGROUP;
+            | Capabilities::SUBGROUP
+            | Capabilities::SUBGROUP_BARRIER;
     }
     let mut parser = naga::front::wgsl::Frontend::new();
     parser.set_options(naga::front::wgsl::Options {

@@ -47,8 +47,9 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
     };
     let limits = &facts.limits;
     let fits = |tile: &MatrixTile| {
-        // Scales of single keys take the most room.
-        tile.workgroup_bytes(false) <= limits.max_compute_workgroup_storage_size
+        let groups = request.k_groups;
+        let k_uniform = groups.slots == 1 && groups.block.is_multiple_of(tile.key_tile);
+        tile.workgroup_bytes(k_uniform) <= limits.max_compute_workgroup_storage_size
             && tile.invocations() <= limits.max_compute_invocations_per_workgroup
             && tile.invocations() <= limits.max_compute_workgroup_size_x
     };
@@ -60,15 +61,16 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
     })
 }
 
-/// Subgroups, matrices of queries of each, and keys of a step: the fastest first, as measured on an
-/// H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less workgroup memory.
-type TileShape = (u32, u32, u32);
+/// Subgroups, matrices of queries of each, keys of a step, and numbers behind a row of scores: the
+/// fastest first, as measured on an H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less
+/// workgroup memory.
+type TileShape = (u32, u32, u32, u32);
 
 fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
     match (side, head_dim) {
-        (16, ..=64) => &[(8, 2, 16), (4, 2, 16), (1, 2, 16), (1, 1, 16)],
-        (16, _) => &[(8, 1, 32), (8, 1, 16), (4, 1, 16), (1, 1, 16)],
-        _ => &[(4, 2, 16), (1, 2, 16), (1, 1, 8)],
+        (16, ..=64) => &[(4, 2, 32, 4), (4, 2, 16, 8), (1, 2, 16, 8), (1, 1, 16, 8)],
+        (16, _) => &[(8, 1, 16, 8), (4, 1, 16, 8), (1, 1, 16, 8)],
+        _ => &[(4, 2, 16, 8), (2, 2, 16, 8), (1, 2, 16, 8), (1, 2, 8, 8)],
     }
 }
 
@@ -83,18 +85,18 @@ fn side(facts: &Facts) -> Option<u32> {
 }
 
 fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile {
-    let (subgroups, row_mats, key_tile) = shape;
+    let (subgroups, row_mats, key_tile, s_spare) = shape;
     MatrixTile {
         side,
         lanes: facts.subgroup[0],
         subgroups,
         row_mats,
         key_tile,
-        key_step: key_tile / side,
         q_resident: true,
-        staged: true,
-        ahead: true,
+        subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
+        s_spare,
         vector_items: facts.vector_items,
+        pairs: false,
         channels: head_dim.next_multiple_of(16),
     }
 }

@@ -108,7 +108,7 @@ impl Tensors {
         let io = Io::bind(&problem, q, k, v, out, None)?;
         let start = Instant::now();
         let mut times = Vec::new();
-        while start.elapsed() < Duration::from_millis(60) || times.len() < 3 {
+        while start.elapsed() < Duration::from_millis(150) || times.len() < 3 {
             let profile = plan.profile(&io, &*workspace)?;
             let stages = profile.stages.iter();
             let attend = stages.filter(|(stage, _)| *stage == "attend");
@@ -135,6 +135,58 @@ fn setting(name: &str, otherwise: f64) -> f64 {
     value.unwrap_or(otherwise)
 }
 
+/// Subgroups, matrices of rows, keys of a tile, numbers behind a row of scores, Q in registers, subgroups
+/// in their own order, K and V read in pairs of vectors.
+type Candidate = (u32, u32, u32, u32, bool, bool, bool);
+
+fn candidates(head_dim: usize) -> &'static [Candidate] {
+    match head_dim {
+        ..=64 => &[
+            (4, 2, 32, 4, true, true, false),
+            (4, 2, 16, 8, true, true, false),
+            (8, 2, 16, 8, true, true, false),
+            (8, 1, 32, 4, true, true, false),
+            (8, 1, 16, 8, true, true, false),
+            (4, 1, 32, 8, true, true, false),
+            (2, 2, 32, 8, true, true, false),
+            (3, 2, 32, 8, true, true, false),
+            (6, 2, 16, 8, true, true, false),
+            (4, 2, 16, 4, true, true, false),
+            (4, 2, 32, 4, true, true, true),
+            (4, 2, 16, 8, true, true, true),
+            (4, 2, 16, 8, true, false, false),
+        ],
+        ..=128 => &[
+            (8, 1, 16, 8, true, true, false),
+            (4, 1, 32, 4, true, true, false),
+            (4, 1, 16, 8, true, true, false),
+            (12, 1, 16, 8, true, true, false),
+            (6, 1, 16, 8, true, true, false),
+            (8, 1, 16, 4, true, true, false),
+            (8, 1, 16, 8, true, true, true),
+            (4, 1, 32, 4, true, true, true),
+            (8, 1, 16, 8, true, false, false),
+            (4, 2, 16, 8, true, true, false),
+            (4, 2, 16, 8, false, true, false),
+        ],
+        _ => &[
+            (4, 1, 16, 8, true, true, false),
+            (4, 1, 16, 8, false, true, false),
+            (6, 1, 16, 8, true, true, false),
+        ],
+    }
+}
+
+/// Which part of the candidates this process takes, and of how many: `SWEEP_PART=1/4`.
+fn is_ours(number: usize) -> bool {
+    let part = std::env::var("SWEEP_PART").unwrap_or_default();
+    let part = part.split_once('/').and_then(|(part, of)| {
+        let of: usize = of.parse().ok()?;
+        Some((part.parse::<usize>().ok()?, of.max(1)))
+    });
+    part.is_none_or(|(part, of)| number % of == part)
+}
+
 #[test]
 #[ignore = "a measurement, for a GPU with matrix cores"]
 fn sweep() {
@@ -143,26 +195,13 @@ fn sweep() {
     println!("{:?}", gpu.context.info.name);
     let start = Instant::now();
     let late = || start.elapsed().as_secs_f64() > setting("SWEEP_SECONDS", 50.0);
+    let only_compile = std::env::var_os("SWEEP_COMPILE").is_some();
     let lanes = facts.subgroup[0];
-    let big = facts
+    let is_big = facts
         .matrices
         .iter()
         .any(|m| m.m_size == 16 && m.k_size == 16);
-    let side = if big { 16 } else { 8 };
-    // Subgroups, matrices of rows, keys of a tile, matrices of keys at a time, ahead.
-    let tiles = [
-        (8, 1, 32, 2, true),
-        (8, 1, 32, 2, false),
-        (8, 1, 16, 1, true),
-        (4, 1, 32, 2, true),
-        (8, 2, 16, 1, true),
-        (8, 2, 16, 1, false),
-        (4, 2, 16, 1, true),
-        (4, 2, 16, 1, false),
-        (4, 2, 32, 2, true),
-        (4, 2, 32, 2, false),
-        (4, 1, 64, 4, true),
-    ];
+    let side = if is_big { 16 } else { 8 };
     let dims = std::env::var("SWEEP_DIMS").unwrap_or_else(|_| "128,64".to_owned());
     for head_dim in dims.split(',').filter_map(|dim| dim.parse().ok()) {
         let len = setting("SWEEP_LEN", 8192.0);
@@ -172,70 +211,63 @@ fn sweep() {
             reason = "small"
         )]
         let tensors = Tensors::new(&gpu, Shape::mha(1, 32, len as usize, head_dim)).unwrap();
-        let mut best: Option<(f64, MatrixTile)> = None;
         // In rounds: other work on the device comes and goes.
         let mut rows = Vec::new();
-        for (subgroups, row_mats, key_tile, key_step, ahead) in tiles {
+        for (number, candidate) in candidates(head_dim).iter().enumerate() {
+            let &(subgroups, row_mats, key_tile, s_spare, q_resident, subgroup_order, pairs) = candidate;
             let tile = MatrixTile {
                 side,
                 lanes,
                 subgroups,
                 row_mats: row_mats * lanes.max(16) / (2 * side),
                 key_tile: key_tile * side / 16,
-                key_step,
-                q_resident: true,
-                staged: true,
-                ahead,
+                q_resident,
+                subgroup_order,
+                pairs,
                 vector_items: facts.vector_items,
+                s_spare,
                 channels: crate::memory::index(head_dim as u64).next_multiple_of(16),
             };
-            let room = tile.workgroup_bytes(false);
-            if room > facts.limits.max_compute_workgroup_storage_size {
+            let room = tile.workgroup_bytes(true);
+            if !is_ours(number) || room > facts.limits.max_compute_workgroup_storage_size {
                 continue;
             }
             let kernel = AttendKernel::Matrix(tile);
             let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
             let name = format!(
-                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} n{key_step} a{} {room} bytes",
-                u8::from(ahead)
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} s{s_spare} q{} o{} p{} {room} bytes",
+                u8::from(q_resident),
+                u8::from(subgroup_order),
+                u8::from(pairs)
             );
-            rows.push((name, tile, forced, String::new()));
+            let wrong = [false, true].map(|causal| {
+                let error = error(&forced, head_dim, &Recipe::SAGE1_B, causal);
+                error.map_or_else(|error| error.to_string(), |(o, lse)| format!("{o:.6}/{lse:.6}"))
+            });
+            rows.push((format!("{name}: {}", wrong.join(" ")), forced, [[0.0f64; 2]; 2]));
         }
-        for round in 0..4 {
-            for (_, tile, forced, line) in &mut rows {
-                if late() {
-                    break;
-                }
-                if round == 0 {
-                    let wrong = error(forced, head_dim, &Recipe::SAGE1_B, false);
-                    *line += &format!("{:.6?}", wrong.map(|(o, _)| o));
-                }
-                match tensors.time(forced, &Recipe::SAGE1_B, false) {
-                    Ok([tops, all]) => {
-                        *line += &format!(" {tops:.0} ({all:.0})");
-                        if best.is_none_or(|(best, _)| tops > best) {
-                            best = Some((tops, *tile));
-                        }
+        for _ in 0..if only_compile { 0 } else { 3 } {
+            for (name, forced, best) in &mut rows {
+                for causal in [false, true] {
+                    if late() {
+                        break;
                     }
-                    Err(error) => *line += &format!(" {error}"),
+                    match tensors.time(forced, &Recipe::SAGE1_B, causal) {
+                        Ok(tops) => {
+                            let best = &mut best[usize::from(causal)];
+                            *best = [best[0].max(tops[0]), best[1].max(tops[1])];
+                        }
+                        Err(error) => *name += &format!(" {error}"),
+                    }
                 }
             }
         }
-        for (name, _, _, line) in &rows {
-            println!("{name}: {line}");
+        for (name, _, [full, causal]) in &rows {
+            println!(
+                "{name}: full {:.1} ({:.1}) causal {:.1} ({:.1})",
+                full[0], full[1], causal[0], causal[1]
+            );
         }
-        let Some((_, tile)) = best else {
-            println!("none is right");
-            continue;
-        };
-        let forced =
-            gpu.with(|context| context.forced = Some(Forced::Kernel(AttendKernel::Matrix(tile))));
-        println!(
-            "best {tile:?}: causal {:.1?}, {:.6?}; token {:.1?}, {:.6?}",
-            tensors.time(&forced, &Recipe::SAGE1_B, true),
-            error(&forced, head_dim, &Recipe::SAGE1_B, true),
-            tensors.time(&forced, &Recipe::SAGE1_T, false),
-            error(&forced, head_dim, &Recipe::SAGE1_T, true),
-        );
     }
+    println!("{:.1} s", start.elapsed().as_secs_f64());
 }
