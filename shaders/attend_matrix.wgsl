@@ -111,21 +111,38 @@ fn kv_is_there(lane: u32, i: u32) -> bool {
 //# end
 }
 
+//# if STAGED_WORDS
+// Four f16 in two words. WGSL has no cast between the two; compilers see through the detour.
+fn halves(words: vec2<u32>) -> vec4<f16> {
+    return vec4<f16>(vec4<f32>(unpack2x16float(words.x), unpack2x16float(words.y)));
+}
+
+//# end
 fn put_k(at: u32, x: Staged) {
+//# if STAGED_WORDS
+    room.k[at] = halves(x.xy);
+    room.k[at + 1u] = halves(x.zw);
+//# else
 //# if STAGED_PAIRS
     room.k[at] = x[0];
     room.k[at + 1u] = x[1];
 //# else
     room.k[at] = x;
 //# end
+//# end
 }
 
 fn put_v(at: u32, x: Staged) {
+//# if STAGED_WORDS
+    room.v[at] = halves(x.xy);
+    room.v[at + 1u] = halves(x.zw);
+//# else
 //# if STAGED_PAIRS
     room.v[at] = x[0];
     room.v[at + 1u] = x[1];
 //# else
     room.v[at] = x;
+//# end
 //# end
 }
 
@@ -265,32 +282,42 @@ fn move_row(
 }
 
 //# block SCORES
-// S of a tile of K, into this subgroup's room.
+// S of a tile of K, into this subgroup's room. The sums are of whole numbers, exact in any order, so they
+// may be taken in two chains, neither of which waits for the other.
 {
 //# for m in ROW_MATS
 //# for n in KEY_MATS
-    var s$m_$n = Sums();
+//# for e in CHAINS
+    var s$m_$n_$e = Sums();
 //# end
 //# end
-//# for c in QK_MATS
+//# end
+//# for c in CHAIN_MATS
+//# for e in CHAINS
     {
 //# for m in ROW_MATS
 //# if Q_RESIDENT
-        let a$m = q$m_$c;
+        let a$m = q$m_$c_$e;
 //# else
-        let a$m = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + $cu * SIDE_ITEMS], ROW_ITEMS);
+        let a$m = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + ($cu * CHAINS + $eu) * SIDE_ITEMS], ROW_ITEMS);
 //# end
 //# end
 //# for n in KEY_MATS
-        let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + $cu * SIDE_ITEMS], KV_STRIDE);
+        let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
 //# for m in ROW_MATS
-        s$m_$n = coopMultiplyAdd(a$m, b$n, s$m_$n);
+        s$m_$n_$e = coopMultiplyAdd(a$m, b$n, s$m_$n_$e);
 //# end
 //# end
     }
 //# end
+//# end
 //# for m in ROW_MATS
 //# for n in KEY_MATS
+//# if TWO_CHAINS
+    let s$m_$n = s$m_$n_0 + s$m_$n_1;
+//# else
+    let s$m_$n = s$m_$n_0;
+//# end
     coopStoreT(s$m_$n, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
 //# end
 //# end
@@ -368,8 +395,10 @@ fn main(
 
 //# if Q_RESIDENT
 //# for m in ROW_MATS
-//# for c in QK_MATS
-    let q$m_$c = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + $cu * SIDE_ITEMS], ROW_ITEMS);
+//# for c in CHAIN_MATS
+//# for e in CHAINS
+    let q$m_$c_$e = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + ($cu * CHAINS + $eu) * SIDE_ITEMS], ROW_ITEMS);
+//# end
 //# end
 //# end
 //# end
@@ -392,8 +421,10 @@ fn main(
 //# end
 //# if K_UNIFORM
     var tile_scale = k_scale(kv_pair, 0u);
+    var next_scale = k_scale(kv_pair, KEY_TILE);
 //# else
     let tile_scale = 0.0;
+    let next_scale = 0.0;
     for (var i = lane; i < 2u * TILE_QUADS; i += THREADS) {
         let n = 4u * i;
         room.key_scales[i] = vec4<f32>(
@@ -405,6 +436,14 @@ fn main(
     }
 //# end
     workgroupBarrier();
+    // Beyond these, what is read from memory in one step goes to workgroup memory in the next: it has a
+    // whole step to arrive.
+    let third_k = k_start + min(2u * KEY_TILE, last) * ROW_READS;
+    let second_v = v_start + min(KEY_TILE, last) * ROW_READS;
+//# for i in STAGE
+    var k$i = k_codes[third_k + kv_part(lane, $iu)];
+    var v$i = values[second_v + kv_part(lane, $iu)];
+//# end
 
     // Where this tile and the next one have their room: 0 and 1 of two, in turns.
     var here = 0u;
@@ -461,21 +500,10 @@ fn main(
         }
 
         loop {
-            // P V of this tile; Q K^T and the softmax of the next one. What else is on its way takes the
-            // places of the last tile of K and of V.
+            // P V of this tile; Q K^T and the softmax of the next one.
             let there = 1u - here;
             let k_at = there * SECOND;
             let v_at = here * SECOND;
-            let next_k = k_start + min(key + 2u * KEY_TILE, last) * ROW_READS;
-            let next_v = v_start + min(key + KEY_TILE, last) * ROW_READS;
-//# for i in STAGE
-            let k$i = k_codes[next_k + kv_part(lane, $iu)];
-            let v$i = values[next_v + kv_part(lane, $iu)];
-//# end
-//# if K_UNIFORM
-            tile_scale = k_scale(kv_pair, key + KEY_TILE);
-//# end
-
 //# use SCORES
 //# for m in ROW_MATS
 //# for n in KEY_MATS
@@ -505,11 +533,11 @@ fn main(
 //# end
 //# for r in LANE_ROWS
             var weighed$r = vec4<f32>();
-            var above$r = vec4<f32>(MASKED);
+            var above$r = vec4<f32>(-STALE);
 //# for j in PART_QUADS
             {
                 let quad = part_quad($ju, part);
-                let x = s$r_$j * score_scale(scale$r, tile_scale, there * TILE_QUADS, quad) - vec4<f32>(maximum$r);
+                let x = s$r_$j * score_scale(scale$r, next_scale, there * TILE_QUADS, quad) - vec4<f32>(maximum$r);
                 above$r = max(above$r, x);
                 let p = exp2(x);
                 weighed$r += p;
@@ -524,11 +552,22 @@ fn main(
                 set_spare(0u, there, f32(key));
             }
 //# end
+            // What has arrived takes the places of the tiles that the last step read.
 //# for i in STAGE
             if (kv_is_there(lane, $iu)) {
                 put_k(v_at + kv_place(lane, $iu), k$i);
                 put_v(k_at + kv_place(lane, $iu), v$i);
             }
+//# end
+            let next_k = k_start + min(key + 2u * KEY_TILE, last) * ROW_READS;
+            let next_v = v_start + min(key + KEY_TILE, last) * ROW_READS;
+//# for i in STAGE
+            k$i = k_codes[next_k + kv_part(lane, $iu)];
+            v$i = values[next_v + kv_part(lane, $iu)];
+//# end
+//# if K_UNIFORM
+            tile_scale = next_scale;
+            next_scale = k_scale(kv_pair, key + KEY_TILE);
 //# end
 //# if K_UNIFORM
 //# else

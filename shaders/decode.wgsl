@@ -154,9 +154,11 @@ fn add_keys(out: Output, keys: Keys, at: u32) -> Output {
 
 fn round_p(p: vec4<f32>) -> vec4<f32> {
     if (DTYPE == DTYPE_F16) {
+        // In integers: a compiler that sees numbers packed and unpacked at once may leave out both, and
+        // the rounding with them (NVIDIA's does).
         return vec4<f32>(
-            unpack2x16float(pack_halves(p.x, p.y)),
-            unpack2x16float(pack_halves(p.z, p.w)),
+            unpack2x16float(f16_bits(p.x) | (f16_bits(p.y) << 16u)),
+            unpack2x16float(f16_bits(p.z) | (f16_bits(p.w) << 16u)),
         );
     }
     if (DTYPE == DTYPE_BF16) {

@@ -69,6 +69,22 @@ fn the_replacements_for_broken_instructions_validate() {
     }
 }
 
+/// A number packed to 16 bits and unpacked at once must come back rounded. Compilers have been seen to
+/// leave out both, so the packing between must be one that they do not know.
+#[test]
+fn no_rounding_is_left_to_a_pair_that_compilers_remove() {
+    for variant in variants() {
+        let kernel = variant.compose(Native::ALL);
+        let Source::Wgsl(source) = kernel.source else {
+            continue;
+        };
+        for packing in ["pack2x16float(", "pack_halves("] {
+            let pair = format!("unpack2x16float({packing}");
+            assert!(!source.contains(&pair), "{}: {pair}", kernel.name);
+        }
+    }
+}
+
 #[test]
 fn workgroup_memory_is_what_the_tile_says() {
     for variant in variants() {

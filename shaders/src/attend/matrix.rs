@@ -30,13 +30,28 @@ pub struct MatrixTile {
     /// Arrays that matrices are loaded from are made of vectors, so that single invocations read and
     /// write 8 or 16 bytes at a time. Metal's matrices want arrays of numbers.
     pub vector_items: bool,
-    /// K and V are read in pairs of vectors, 16 bytes at a time. Only with `vector_items`.
-    pub pairs: bool,
+    /// How K and V are read.
+    pub reads: Reads,
+    /// Chains of sums of Q K^T: 1 or 2, which divides the matrices that the channels are.
+    pub chains: u32,
     /// Numbers behind each row of S, at least 4. With 8 a subgroup's stores of S meet in no bank where
     /// banks are 32 words.
     pub s_spare: u32,
     /// Channels, padded to whole matrices.
     pub channels: u32,
+}
+
+/// In what pieces an invocation reads K and V. Only numbers where `vector_items` is off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reads {
+    /// f16 by f16.
+    Numbers,
+    /// Four f16.
+    Vectors,
+    /// Eight, as a matrix of two columns.
+    Pairs,
+    /// Eight, as four words.
+    Words,
 }
 
 impl MatrixTile {
@@ -89,10 +104,10 @@ impl MatrixTile {
 
     /// Numbers of K and V that an invocation reads at a time.
     const fn staged_width(&self) -> u32 {
-        match (self.vector_items, self.pairs) {
-            (false, _) => 1,
-            (true, false) => 4,
-            (true, true) => 8,
+        match self.reads {
+            Reads::Numbers => 1,
+            Reads::Vectors => 4,
+            Reads::Pairs | Reads::Words => 8,
         }
     }
 
@@ -105,10 +120,16 @@ impl MatrixTile {
     pub(super) fn name(&self) -> String {
         let q = if self.q_resident { "q" } else { "" };
         let order = if self.subgroup_order { "o" } else { "" };
-        let pairs = if self.pairs { "p" } else { "" };
+        let reads = match self.reads {
+            Reads::Numbers => "n",
+            Reads::Vectors => "v",
+            Reads::Pairs => "p",
+            Reads::Words => "w",
+        };
+        let chains = self.chains;
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
-            "_mat{}x{}w{}k{}s{}{q}{order}{pairs}_lanes{}{items}",
+            "_mat{}x{}w{}k{}s{}c{chains}{q}{order}{reads}_lanes{}{items}",
             self.side, self.row_mats, self.subgroups, self.key_tile, self.s_spare, self.lanes
         )
     }
@@ -121,10 +142,11 @@ impl MatrixTile {
             true => ("vec4<f16>", "vec4<f32>"),
             false => ("f16", "f32"),
         };
-        let staged = match self.staged_width() {
-            1 => "f16",
-            4 => "vec4<f16>",
-            _ => "mat2x4<f16>",
+        let staged = match self.reads {
+            Reads::Numbers => "f16",
+            Reads::Vectors => "vec4<f16>",
+            Reads::Pairs => "mat2x4<f16>",
+            Reads::Words => "vec4<u32>",
         };
         let reads = self.key_tile * self.channels / self.staged_width();
         let threads = self.invocations();
@@ -149,9 +171,12 @@ impl MatrixTile {
             .number("KEY_MATS", self.key_tile / self.side)
             .number("TILE_QUADS", self.key_tile / 4)
             .number("CHANNELS", self.channels)
-            .number("QK_MATS", self.channels / self.side)
+            .number("CHAINS", self.chains)
+            .flag("TWO_CHAINS", self.chains == 2)
+            .number("CHAIN_MATS", self.channels / self.side / self.chains)
             .number("STAGED_WIDTH", self.staged_width())
-            .flag("STAGED_PAIRS", self.staged_width() == 8)
+            .flag("STAGED_PAIRS", self.reads == Reads::Pairs)
+            .flag("STAGED_WORDS", self.reads == Reads::Words)
             .number("STAGE", reads.div_ceil(threads))
             .flag("STAGE_WHOLE", reads.is_multiple_of(threads))
             .flag("STAGE_EVEN", threads.is_multiple_of(reads / self.key_tile))
@@ -180,7 +205,8 @@ impl MatrixTile {
             q_resident: true,
             subgroup_order: true,
             vector_items: true,
-            pairs: true,
+            reads: Reads::Pairs,
+            chains: 1,
             s_spare: 8,
             channels,
         };
@@ -191,12 +217,13 @@ impl MatrixTile {
                 key_tile: 16,
                 q_resident: false,
                 subgroup_order: false,
-                pairs: false,
+                reads: Reads::Vectors,
                 ..big
             },
             Self {
                 subgroups: 8,
                 row_mats: 1,
+                reads: Reads::Words,
                 s_spare: 4,
                 ..big
             },
@@ -204,6 +231,8 @@ impl MatrixTile {
                 side: 8,
                 lanes: 8,
                 key_tile: 16,
+                reads: Reads::Numbers,
+                chains: if (channels / 8).is_multiple_of(2) { 2 } else { 1 },
                 vector_items: false,
                 ..big
             },

@@ -1,6 +1,6 @@
 //! The tier of WGSL's cooperative matrices: what it needs of a device, and its tile.
 
-use sageattn_shaders::{AttendKernel, MatrixTile, Pv};
+use sageattn_shaders::{AttendKernel, MatrixTile, Pv, Reads};
 use wgpu::{CooperativeScalarType as Scalar, Features};
 
 use crate::tier::{Facts, Request};
@@ -96,7 +96,11 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
         subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
         s_spare,
         vector_items: facts.vector_items,
-        pairs: false,
+        reads: match facts.vector_items {
+            true => Reads::Pairs,
+            false => Reads::Numbers,
+        },
+        chains: 1,
         channels: head_dim.next_multiple_of(16),
     }
 }
