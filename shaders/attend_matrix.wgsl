@@ -282,44 +282,36 @@ fn move_row(
 }
 
 //# block SCORES
-// S of a tile of K, into this subgroup's room. The sums are of whole numbers, exact in any order, so they
-// may be taken in two chains, neither of which waits for the other.
+// S of the n-th matrix of keys of a tile, into this subgroup's room. The sums are of whole numbers, exact
+// in any order, so they may be taken in two chains, neither of which waits for the other.
 {
 //# for m in ROW_MATS
-//# for n in KEY_MATS
 //# for e in CHAINS
-    var s$m_$n_$e = Sums();
-//# end
+    var s$m_$e = Sums();
 //# end
 //# end
 //# for c in CHAIN_MATS
 //# for e in CHAINS
     {
+        let b = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
 //# for m in ROW_MATS
 //# if Q_RESIDENT
-        let a$m = q$m_$c_$e;
+        s$m_$e = coopMultiplyAdd(q$m_$c_$e, b, s$m_$e);
 //# else
         let a$m = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + ($cu * CHAINS + $eu) * SIDE_ITEMS], ROW_ITEMS);
-//# end
-//# end
-//# for n in KEY_MATS
-        let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
-//# for m in ROW_MATS
-        s$m_$n_$e = coopMultiplyAdd(a$m, b$n, s$m_$n_$e);
+        s$m_$e = coopMultiplyAdd(a$m, b, s$m_$e);
 //# end
 //# end
     }
 //# end
 //# end
 //# for m in ROW_MATS
-//# for n in KEY_MATS
 //# if TWO_CHAINS
-    let s$m_$n = s$m_$n_0 + s$m_$n_1;
+    let s$m = s$m_0 + s$m_1;
 //# else
-    let s$m_$n = s$m_$n_0;
+    let s$m = s$m_0;
 //# end
-    coopStoreT(s$m_$n, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
-//# end
+    coopStoreT(s$m, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
 //# end
 }
 //# end
@@ -450,7 +442,9 @@ fn main(
     var key = 0u;
     {
         let k_at = 0u;
+//# for n in KEY_MATS
 //# use SCORES
+//# end
     }
     loop {
         subgroup_order();
@@ -504,22 +498,27 @@ fn main(
             let there = 1u - here;
             let k_at = there * SECOND;
             let v_at = here * SECOND;
-//# use SCORES
 //# for m in ROW_MATS
 //# for n in KEY_MATS
             let p$m_$n = coopLoadT<Factor>(&room.p[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
 //# end
 //# end
-            subgroup_order();
-
-            // All scores are read before any weight is written: reads do not pass writes.
 //# for r in LANE_ROWS
-//# for j in PART_QUADS
-            let s$r_$j = s_quad(row$r, part_quad($ju, part));
+            var weighed$r = vec4<f32>();
+            var above$r = vec4<f32>(-STALE);
 //# end
-//# end
+            // By one matrix of keys at a time: short phases of different kinds of work, so that two subgroups
+            // which come from the barrier together do not want the same unit for long.
 //# for n in KEY_MATS
+//# use SCORES
+            subgroup_order();
             {
+                // All scores are read before any weight is written: reads do not pass writes.
+//# for r in LANE_ROWS
+//# for j in GROUP_QUADS
+                let s$r_$j = s_quad(row$r, part_quad($nu * GROUP_QUADS + $ju, part));
+//# end
+//# end
                 let b_at = v_at + $nu * SIDE * KV_STRIDE;
 //# for h in CHUNKS
 //# for d in CHUNK_MATS
@@ -529,21 +528,20 @@ fn main(
 //# end
 //# end
 //# end
-            }
-//# end
 //# for r in LANE_ROWS
-            var weighed$r = vec4<f32>();
-            var above$r = vec4<f32>(-STALE);
-//# for j in PART_QUADS
-            {
-                let quad = part_quad($ju, part);
-                let x = s$r_$j * score_scale(scale$r, next_scale, there * TILE_QUADS, quad) - vec4<f32>(maximum$r);
-                above$r = max(above$r, x);
-                let p = exp2(x);
-                weighed$r += p;
-                set_p_quad(row$r, quad, p);
-            }
+//# for j in GROUP_QUADS
+                {
+                    let quad = part_quad($nu * GROUP_QUADS + $ju, part);
+                    let scale = score_scale(scale$r, next_scale, there * TILE_QUADS, quad);
+                    let x = s$r_$j * scale - vec4<f32>(maximum$r);
+                    above$r = max(above$r, x);
+                    let p = exp2(x);
+                    weighed$r += p;
+                    set_p_quad(row$r, quad, p);
+                }
 //# end
+//# end
+            }
 //# end
 
             key += step;

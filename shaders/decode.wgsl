@@ -9,9 +9,9 @@
 // r % q_len of head r / q_len. A pack is four of them, a vec4 throughout, so that every number read of
 // K and V serves four rows.
 //
-// An invocation holds eight channels (column) of every SLOTS-th key, four keys at a time, while four
-// more are on their way: two sets that take turns, so that neither is copied, which would wait for it. K
-// and V go from memory to registers; workgroup memory only adds up what the columns of a key have
+// An invocation holds eight channels (column) of every SLOTS-th key, in two sets of four keys that take
+// turns: each is on its way again as soon as it has been multiplied, and neither is copied, which would
+// wait for it. K and V go from memory to registers; workgroup memory only adds up what the columns of a key have
 // multiplied. The scores of the whole range are kept, so there is one maximum, and nothing is rescaled.
 
 // Keys of one set, and of a turn of both.
@@ -265,8 +265,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let seen = visible_to(row + lane % 4u);
     var peak = MASKED;
     var even = keys_of_k(k_start, begin + first, last, column);
+    var odd = keys_of_k(k_start, begin + SET + first, last, column);
     for (var key = begin; key < end; key += TURN) {
-        let odd = keys_of_k(k_start, key + SET + first, last, column);
         if (slot < SLOTS) {
             put_products(q_rows, even, first, column);
         }
@@ -274,6 +274,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if (slot < SLOTS) {
             put_products(q_rows, odd, first + SET, column);
         }
+        odd = keys_of_k(k_start, key + TURN + SET + first, last, column);
         workgroupBarrier();
         for (var i = lane; i < 4u * TURN; i += THREADS) {
             let at = (i / 4u) * STRIDE;
@@ -290,6 +291,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     // Softmax: one maximum for the range. The first keys of V are under way meanwhile.
     even = keys_of_v(v_start, begin + first, last, column);
+    odd = keys_of_v(v_start, begin + SET + first, last, column);
     let maximum = largest_of(lane, peak);
     var unrounded = vec4<f32>();
     for (var i = lane; i < (end - begin + TURN - 1u) / TURN * TURN; i += THREADS) {
@@ -305,10 +307,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // P V
     var out = Output();
     for (var key = begin; key < end; key += TURN) {
-        let odd = keys_of_v(v_start, key + SET + first, last, column);
         out = add_keys(out, even, key - begin + first);
         even = keys_of_v(v_start, key + TURN + first, last, column);
         out = add_keys(out, odd, key - begin + SET + first);
+        odd = keys_of_v(v_start, key + TURN + SET + first, last, column);
     }
 
     // The slots' parts, halved until one is left.

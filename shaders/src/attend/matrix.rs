@@ -21,7 +21,7 @@ pub struct MatrixTile {
     /// Matrices of queries of a subgroup.
     pub row_mats: u32,
     /// Keys of a step, a multiple of `side` that divides 64. Invocations that share a row need four
-    /// keys each.
+    /// keys each of a matrix.
     pub key_tile: u32,
     /// Keep Q in registers over the whole call.
     pub q_resident: bool,
@@ -167,6 +167,7 @@ impl MatrixTile {
             .flag("ROW_IS_SHARED", self.split() > 1)
             .number("LANE_ROWS", self.own_rows().div_ceil(self.lanes))
             .number("PART_QUADS", self.key_tile / 4 / self.split())
+            .number("GROUP_QUADS", self.side / 4 / self.split())
             .number("KEY_TILE", self.key_tile)
             .number("KEY_MATS", self.key_tile / self.side)
             .number("TILE_QUADS", self.key_tile / 4)
@@ -232,7 +233,11 @@ impl MatrixTile {
                 lanes: 8,
                 key_tile: 16,
                 reads: Reads::Numbers,
-                chains: if (channels / 8).is_multiple_of(2) { 2 } else { 1 },
+                chains: if (channels / 8).is_multiple_of(2) {
+                    2
+                } else {
+                    1
+                },
                 vector_items: false,
                 ..big
             },

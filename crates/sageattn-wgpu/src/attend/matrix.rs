@@ -68,8 +68,9 @@ type TileShape = (u32, u32, u32, u32);
 
 fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
     match (side, head_dim) {
-        (16, ..=64) => &[(4, 2, 32, 4), (4, 2, 16, 8), (1, 2, 16, 8), (1, 1, 16, 8)],
-        (16, _) => &[(8, 1, 16, 8), (4, 1, 16, 8), (1, 1, 16, 8)],
+        (16, ..=64) => &[(4, 2, 32, 8), (4, 2, 16, 8), (1, 2, 16, 8), (1, 1, 16, 8)],
+        (16, ..=128) => &[(8, 1, 16, 8), (4, 1, 16, 8), (1, 1, 16, 8)],
+        (16, _) => &[(6, 1, 16, 8), (4, 1, 16, 8), (1, 1, 16, 8)],
         _ => &[(4, 2, 16, 8), (2, 2, 16, 8), (1, 2, 16, 8), (1, 2, 8, 8)],
     }
 }
@@ -97,7 +98,7 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
         s_spare,
         vector_items: facts.vector_items,
         reads: match facts.vector_items {
-            true => Reads::Pairs,
+            true => Reads::Words,
             false => Reads::Numbers,
         },
         chains: 1,

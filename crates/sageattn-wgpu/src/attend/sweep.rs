@@ -93,22 +93,33 @@ impl Tensors {
 
     /// Least times of the attention stage and of all stages, in TOPS by the device's clock.
     fn time(&self, gpu: &Wgpu, recipe: &Recipe, causal: bool) -> Result<[f64; 2], Error> {
-        let mut problem = Problem::new(self.shape, DType::F16)?;
+        self.time_of(self.shape, gpu, recipe, causal)
+    }
+
+    /// The same of another shape, no larger.
+    fn time_of(
+        &self,
+        shape: Shape,
+        gpu: &Wgpu,
+        recipe: &Recipe,
+        causal: bool,
+    ) -> Result<[f64; 2], Error> {
+        let mut problem = Problem::new(shape, DType::F16)?;
         if causal {
             problem = problem.with_mask(Mask::Causal(Align::BottomRight));
         }
         let plan = gpu.plan(&problem, recipe)?;
         let workspace = gpu.alloc(plan.workspace_bytes())?;
-        let views = self.buffers.each_ref().map(|buffer| TensorView {
-            buffer: &**buffer,
-            layout: Layout::hnd(self.shape.q()),
+        let extents = [shape.q(), shape.kv(), shape.kv(), shape.q()];
+        let [q, k, v, out] = [0, 1, 2, 3].map(|i: usize| TensorView {
+            buffer: &*self.buffers[i],
+            layout: Layout::hnd(extents[i]),
             dtype: DType::F16,
         });
-        let [q, k, v, out] = views;
         let io = Io::bind(&problem, q, k, v, out, None)?;
         let start = Instant::now();
         let mut times = Vec::new();
-        while start.elapsed() < Duration::from_millis(130) || times.len() < 3 {
+        while start.elapsed() < Duration::from_millis(100) || times.len() < 3 {
             let profile = plan.profile(&io, &*workspace)?;
             let stages = profile.stages.iter();
             let attend = stages.filter(|(stage, _)| *stage == "attend");
@@ -117,14 +128,8 @@ impl Tensors {
         times.sort();
         // The least: what else runs on the device only adds.
         let (attend, all): (Duration, Duration) = times[0];
-        let Shape {
-            q_heads,
-            q_len,
-            head_dim,
-            ..
-        } = self.shape;
-        let ops =
-            4.0 * (q_heads * q_len * q_len * head_dim) as f64 * if causal { 0.5 } else { 1.0 };
+        let ops = 4.0 * (shape.q_heads * shape.q_len * shape.kv_len * shape.head_dim) as f64;
+        let ops = if causal { ops / 2.0 } else { ops };
         Ok([attend, all].map(|time| ops / time.as_secs_f64() / 1e12))
     }
 }
@@ -140,34 +145,29 @@ fn setting(name: &str, otherwise: f64) -> f64 {
 type Candidate = (u32, u32, u32, u32, Reads, u32, bool, bool);
 
 fn candidates(head_dim: usize) -> &'static [Candidate] {
-    use Reads::{Pairs, Words};
+    use Reads::Words;
     match head_dim {
         ..=64 => &[
-            (8, 2, 16, 8, Pairs, 1, true, true),
-            (8, 2, 16, 8, Words, 1, true, true),
-            (8, 2, 16, 8, Words, 2, true, true),
             (4, 2, 32, 8, Words, 1, true, true),
-            (4, 2, 32, 8, Pairs, 1, true, true),
+            (4, 2, 32, 8, Words, 2, true, true),
+            (4, 2, 32, 4, Words, 1, true, true),
             (4, 2, 16, 8, Words, 1, true, true),
-            (6, 2, 16, 8, Words, 1, true, true),
-            (8, 1, 16, 8, Words, 1, true, true),
-            (16, 1, 16, 8, Words, 1, true, true),
+            (8, 2, 16, 8, Words, 1, true, true),
+            (8, 1, 32, 4, Words, 2, true, true),
+            (4, 1, 32, 8, Words, 2, true, true),
+            (2, 2, 32, 8, Words, 1, true, true),
         ],
         ..=128 => &[
-            (8, 1, 16, 8, Pairs, 1, true, true),
-            (8, 1, 16, 8, Words, 1, true, true),
             (8, 1, 16, 8, Words, 2, true, true),
-            (12, 1, 16, 8, Words, 1, true, true),
-            (12, 1, 16, 8, Words, 2, true, true),
-            (6, 1, 16, 8, Words, 2, true, true),
+            (8, 1, 16, 4, Words, 2, true, true),
+            (8, 1, 16, 8, Words, 1, true, true),
+            (4, 1, 32, 4, Words, 2, true, true),
             (4, 1, 16, 8, Words, 2, true, true),
-            (4, 1, 32, 4, Words, 1, true, true),
-            (8, 1, 16, 8, Words, 1, true, false),
         ],
         _ => &[
-            (4, 1, 16, 8, Words, 1, true, true),
-            (4, 1, 16, 8, Words, 1, false, true),
-            (6, 1, 16, 8, Words, 1, true, true),
+            (6, 1, 16, 8, Words, 2, true, true),
+            (7, 1, 16, 4, Words, 2, true, true),
+            (5, 1, 16, 8, Words, 2, true, true),
         ],
     }
 }
@@ -209,8 +209,16 @@ fn sweep() {
         // In rounds: other work on the device comes and goes.
         let mut rows = Vec::new();
         for (number, candidate) in candidates(head_dim).iter().enumerate() {
-            let &(subgroups, row_mats, key_tile, s_spare, reads, chains, q_resident, subgroup_order) =
-                candidate;
+            let &(
+                subgroups,
+                row_mats,
+                key_tile,
+                s_spare,
+                reads,
+                chains,
+                q_resident,
+                subgroup_order,
+            ) = candidate;
             let tile = MatrixTile {
                 side,
                 lanes,
@@ -241,9 +249,16 @@ fn sweep() {
                     return String::new();
                 }
                 let error = error(&forced, head_dim, &Recipe::SAGE1_B, causal);
-                error.map_or_else(|error| error.to_string(), |(o, lse)| format!("{o:.6}/{lse:.6}"))
+                error.map_or_else(
+                    |error| error.to_string(),
+                    |(o, lse)| format!("{o:.6}/{lse:.6}"),
+                )
             });
-            rows.push((format!("{name}: {}", wrong.join(" ")), forced, [[0.0f64; 2]; 2]));
+            rows.push((
+                format!("{name}: {}", wrong.join(" ")),
+                forced,
+                [[0.0f64; 2]; 2],
+            ));
         }
         println!("{:.1} s", start.elapsed().as_secs_f64());
         for _ in 0..if only_compile { 0 } else { 3 } {
@@ -267,6 +282,32 @@ fn sweep() {
                         Err(error) => *name += &format!(" {error}"),
                     }
                 }
+            }
+        }
+        // How many workgroups a multiprocessor of an H100 holds: one for each, and two for each.
+        for (name, forced, _) in &mut rows {
+            let Some(Forced::Kernel(AttendKernel::Matrix(tile))) = forced.context.forced else {
+                continue;
+            };
+            let rate = |waves: usize| {
+                let shape = Shape {
+                    batch: 1,
+                    q_heads: 132 * waves,
+                    kv_heads: 4,
+                    q_len: tile.rows() as usize,
+                    kv_len: 8192,
+                    head_dim,
+                };
+                let rate = tensors.time_of(shape, forced, &Recipe::SAGE1_B, false);
+                rate.map_or(0.0, |[tops, _]| tops)
+            };
+            if !late() && !only_compile {
+                *name += &format!(
+                    " one wave {:.0}, two {:.0}, three {:.0}",
+                    rate(1),
+                    rate(2),
+                    rate(3)
+                );
             }
         }
         for (name, _, [full, causal]) in &rows {
