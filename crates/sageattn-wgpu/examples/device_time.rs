@@ -99,13 +99,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         gpu.wgpu_queue().submit([encoder.finish()]);
         let mut bytes = [0; 16];
         gpu.download(&readable, 0, &mut bytes)?;
-        let ([start, end], _) = bytes.as_chunks::<8>() else {
+        let ([begin, end], _) = bytes.as_chunks::<8>() else {
             return Err("two timestamps".into());
         };
         if start.elapsed() < WARM_UP {
             continue;
         }
-        let ticks = u64::from_le_bytes(*end).saturating_sub(u64::from_le_bytes(*start));
+        let ticks = u64::from_le_bytes(*end).saturating_sub(u64::from_le_bytes(*begin));
         let nanos = ticks as f64 * f64::from(gpu.wgpu_queue().get_timestamp_period());
         micros.push(nanos / 1e3 / f64::from(CALLS));
     }
