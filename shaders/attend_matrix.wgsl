@@ -41,8 +41,13 @@ const SIDE_ITEMS: u32 = SIDE / PER_ITEM;
 // K and V are read STAGED_WIDTH numbers at a time: so many reads are a row, and a tile.
 const ROW_READS: u32 = CHANNELS / STAGED_WIDTH;
 const TILE_READS: u32 = KEY_TILE * ROW_READS;
-// Where the second tile begins in workgroup memory.
-const SECOND: u32 = KEY_TILE * KV_STRIDE;
+// Where the second tile begins in workgroup memory: there is one, or two that take turns.
+const KV_TILE: u32 = KEY_TILE * KV_STRIDE;
+//# if DOUBLE
+const SECOND: u32 = KV_TILE;
+//# else
+const SECOND: u32 = 0u;
+//# end
 
 // Beyond this a score's last bit is coarse enough for a fused multiply-add to show: such rows take the
 // careful way.
@@ -64,9 +69,9 @@ struct Room {
     // The scores of a tile. Behind each row are four numbers of its own: see `spare`.
     @align(16) s: array<Single, ROWS * S_ITEMS>,
     p: array<Half, ROWS * P_ITEMS>,
-    // Two tiles each, which all subgroups multiply by.
-    k: array<Half, 2u * SECOND>,
-    v: array<Half, 2u * SECOND>,
+    // One or two tiles each, which all subgroups multiply by.
+    k: array<Half, SECOND + KV_TILE>,
+    v: array<Half, SECOND + KV_TILE>,
 //# if K_UNIFORM
 //# else
     key_scales: array<vec4<f32>, 2u * TILE_QUADS>,
@@ -282,36 +287,44 @@ fn move_row(
 }
 
 //# block SCORES
-// S of the n-th matrix of keys of a tile, into this subgroup's room. The sums are of whole numbers, exact
-// in any order, so they may be taken in two chains, neither of which waits for the other.
+// S of a tile of K, into this subgroup's room. The sums are of whole numbers, exact in any order, so they
+// may be taken in two chains, neither of which waits for the other.
 {
 //# for m in ROW_MATS
+//# for n in KEY_MATS
 //# for e in CHAINS
-    var s$m_$e = Sums();
+    var s$m_$n_$e = Sums();
+//# end
 //# end
 //# end
 //# for c in CHAIN_MATS
 //# for e in CHAINS
     {
-        let b = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
 //# for m in ROW_MATS
 //# if Q_RESIDENT
-        s$m_$e = coopMultiplyAdd(q$m_$c_$e, b, s$m_$e);
+        let a$m = q$m_$c_$e;
 //# else
         let a$m = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + ($cu * CHAINS + $eu) * SIDE_ITEMS], ROW_ITEMS);
-        s$m_$e = coopMultiplyAdd(a$m, b, s$m_$e);
+//# end
+//# end
+//# for n in KEY_MATS
+        let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
+//# for m in ROW_MATS
+        s$m_$n_$e = coopMultiplyAdd(a$m, b$n, s$m_$n_$e);
 //# end
 //# end
     }
 //# end
 //# end
 //# for m in ROW_MATS
+//# for n in KEY_MATS
 //# if TWO_CHAINS
-    let s$m = s$m_0 + s$m_1;
+    let s$m_$n = s$m_$n_0 + s$m_$n_1;
 //# else
-    let s$m = s$m_0;
+    let s$m_$n = s$m_$n_0;
 //# end
-    coopStoreT(s$m, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
+    coopStoreT(s$m_$n, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
+//# end
 //# end
 }
 //# end
@@ -402,13 +415,15 @@ fn main(
 //# end
 //# end
 
-    // The first two tiles of K, and the first of V.
+    // The first tiles of K and V, and the second of K where it has room.
     let second_k = k_start + min(KEY_TILE, last) * ROW_READS;
 //# for i in STAGE
     if (kv_is_there(lane, $iu)) {
         put_k(kv_place(lane, $iu), k_codes[k_start + kv_part(lane, $iu)]);
         put_v(kv_place(lane, $iu), values[v_start + kv_part(lane, $iu)]);
+//# if DOUBLE
         put_k(SECOND + kv_place(lane, $iu), k_codes[second_k + kv_part(lane, $iu)]);
+//# end
     }
 //# end
 //# if K_UNIFORM
@@ -442,10 +457,18 @@ fn main(
     var key = 0u;
     {
         let k_at = 0u;
-//# for n in KEY_MATS
 //# use SCORES
-//# end
     }
+//# if DOUBLE
+//# else
+    workgroupBarrier();
+//# for i in STAGE
+    if (kv_is_there(lane, $iu)) {
+        put_k(kv_place(lane, $iu), k_codes[second_k + kv_part(lane, $iu)]);
+    }
+//# end
+    workgroupBarrier();
+//# end
     loop {
         subgroup_order();
         if (key >= end) {
@@ -498,27 +521,22 @@ fn main(
             let there = 1u - here;
             let k_at = there * SECOND;
             let v_at = here * SECOND;
+//# use SCORES
 //# for m in ROW_MATS
 //# for n in KEY_MATS
             let p$m_$n = coopLoadT<Factor>(&room.p[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
 //# end
 //# end
-//# for r in LANE_ROWS
-            var weighed$r = vec4<f32>();
-            var above$r = vec4<f32>(-STALE);
-//# end
-            // By one matrix of keys at a time: short phases of different kinds of work, so that two subgroups
-            // which come from the barrier together do not want the same unit for long.
-//# for n in KEY_MATS
-//# use SCORES
             subgroup_order();
-            {
-                // All scores are read before any weight is written: reads do not pass writes.
+
+            // All scores are read before any weight is written: reads do not pass writes.
 //# for r in LANE_ROWS
-//# for j in GROUP_QUADS
-                let s$r_$j = s_quad(row$r, part_quad($nu * GROUP_QUADS + $ju, part));
+//# for j in PART_QUADS
+            let s$r_$j = s_quad(row$r, part_quad($ju, part));
 //# end
 //# end
+//# for n in KEY_MATS
+            {
                 let b_at = v_at + $nu * SIDE * KV_STRIDE;
 //# for h in CHUNKS
 //# for d in CHUNK_MATS
@@ -528,20 +546,21 @@ fn main(
 //# end
 //# end
 //# end
-//# for r in LANE_ROWS
-//# for j in GROUP_QUADS
-                {
-                    let quad = part_quad($nu * GROUP_QUADS + $ju, part);
-                    let scale = score_scale(scale$r, next_scale, there * TILE_QUADS, quad);
-                    let x = s$r_$j * scale - vec4<f32>(maximum$r);
-                    above$r = max(above$r, x);
-                    let p = exp2(x);
-                    weighed$r += p;
-                    set_p_quad(row$r, quad, p);
-                }
-//# end
-//# end
             }
+//# end
+//# for r in LANE_ROWS
+            var weighed$r = vec4<f32>();
+            var above$r = vec4<f32>(-STALE);
+//# for j in PART_QUADS
+            {
+                let quad = part_quad($ju, part);
+                let x = s$r_$j * score_scale(scale$r, next_scale, there * TILE_QUADS, quad) - vec4<f32>(maximum$r);
+                above$r = max(above$r, x);
+                let p = exp2(x);
+                weighed$r += p;
+                set_p_quad(row$r, quad, p);
+            }
+//# end
 //# end
 
             key += step;
@@ -550,7 +569,12 @@ fn main(
                 set_spare(0u, there, f32(key));
             }
 //# end
+//# if DOUBLE
             // What has arrived takes the places of the tiles that the last step read.
+//# else
+            // What has arrived takes the places of the tiles just read, when all have read them.
+            workgroupBarrier();
+//# end
 //# for i in STAGE
             if (kv_is_there(lane, $iu)) {
                 put_k(v_at + kv_place(lane, $iu), k$i);

@@ -120,6 +120,23 @@ fn put_products(q: Eight, keys: Keys, key: u32, column: u32) {
     products[(key + 3u * SLOTS) * STRIDE + column] = multiply(q, keys.k3);
 }
 
+// The scores of one set's keys, the first of them at `at`; of those that an invocation adds up, the
+// largest.
+fn put_scores(lane: u32, at: u32, key: u32, seen: u32) -> f32 {
+    var peak = MASKED;
+    for (var i = lane; i < 4u * SET; i += THREADS) {
+        let start = (i / 4u) * STRIDE;
+        var sum = 0.0;
+        for (var c = 0u; c < COLUMNS; c++) {
+            sum += products[start + c][i % 4u];
+        }
+        let s = select(MASKED, sum * params.score_scale, key + i / 4u < seen);
+        scores[at + i / 4u][i % 4u] = s;
+        peak = max(peak, s);
+    }
+    return peak;
+}
+
 // What an invocation has of O: eight channels of four rows, and their sum of P.
 struct Output {
     o: Eight,
@@ -271,21 +288,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             put_products(q_rows, even, first, column);
         }
         even = keys_of_k(k_start, key + TURN + first, last, column);
+        workgroupBarrier();
+        peak = max(peak, put_scores(lane, key - begin, key, seen));
+        workgroupBarrier();
         if (slot < SLOTS) {
-            put_products(q_rows, odd, first + SET, column);
+            put_products(q_rows, odd, first, column);
         }
         odd = keys_of_k(k_start, key + TURN + SET + first, last, column);
         workgroupBarrier();
-        for (var i = lane; i < 4u * TURN; i += THREADS) {
-            let at = (i / 4u) * STRIDE;
-            var sum = 0.0;
-            for (var c = 0u; c < COLUMNS; c++) {
-                sum += products[at + c][i % 4u];
-            }
-            let s = select(MASKED, sum * params.score_scale, key + i / 4u < seen);
-            scores[key - begin + i / 4u][i % 4u] = s;
-            peak = max(peak, s);
-        }
+        peak = max(peak, put_scores(lane, key - begin + SET, key + SET, seen));
         workgroupBarrier();
     }
 

@@ -21,8 +21,10 @@ pub struct MatrixTile {
     /// Matrices of queries of a subgroup.
     pub row_mats: u32,
     /// Keys of a step, a multiple of `side` that divides 64. Invocations that share a row need four
-    /// keys each of a matrix.
+    /// keys each.
     pub key_tile: u32,
+    /// Two tiles of K and of V in workgroup memory, for one barrier a step instead of two.
+    pub double: bool,
     /// Keep Q in registers over the whole call.
     pub q_resident: bool,
     /// What a subgroup writes for itself is ordered by `subgroupBarrier`, not by the whole workgroup's.
@@ -97,7 +99,8 @@ impl MatrixTile {
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self, k_uniform: bool) -> u32 {
         let tiles = self.rows() * (4 * self.s_stride() + 2 * self.p_stride());
-        let staged = 2 * 2 * self.key_tile * 2 * (self.channels + 8);
+        let buffers = if self.double { 2 } else { 1 };
+        let staged = buffers * 2 * self.key_tile * 2 * (self.channels + 8);
         let key_scales = if k_uniform { 0 } else { 2 * 4 * self.key_tile };
         tiles + staged + key_scales
     }
@@ -119,6 +122,7 @@ impl MatrixTile {
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
         let q = if self.q_resident { "q" } else { "" };
+        let double = if self.double { "d" } else { "" };
         let order = if self.subgroup_order { "o" } else { "" };
         let reads = match self.reads {
             Reads::Numbers => "n",
@@ -129,7 +133,7 @@ impl MatrixTile {
         let chains = self.chains;
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
-            "_mat{}x{}w{}k{}s{}c{chains}{q}{order}{reads}_lanes{}{items}",
+            "_mat{}x{}w{}k{}s{}c{chains}{double}{q}{order}{reads}_lanes{}{items}",
             self.side, self.row_mats, self.subgroups, self.key_tile, self.s_spare, self.lanes
         )
     }
@@ -167,7 +171,6 @@ impl MatrixTile {
             .flag("ROW_IS_SHARED", self.split() > 1)
             .number("LANE_ROWS", self.own_rows().div_ceil(self.lanes))
             .number("PART_QUADS", self.key_tile / 4 / self.split())
-            .number("GROUP_QUADS", self.side / 4 / self.split())
             .number("KEY_TILE", self.key_tile)
             .number("KEY_MATS", self.key_tile / self.side)
             .number("TILE_QUADS", self.key_tile / 4)
@@ -186,6 +189,7 @@ impl MatrixTile {
             .number("S_STRIDE", self.s_stride())
             .number("P_STRIDE", self.p_stride())
             .flag("VECTOR_ITEMS", self.vector_items)
+            .flag("DOUBLE", self.double)
             .flag("Q_RESIDENT", self.q_resident)
             .flag("SUBGROUP_ORDER", self.subgroup_order)
             .flag("K_UNIFORM", v.k_uniform(self.key_tile))
@@ -203,6 +207,7 @@ impl MatrixTile {
             subgroups: 1,
             row_mats: 2,
             key_tile: 32,
+            double: true,
             q_resident: true,
             subgroup_order: true,
             vector_items: true,
@@ -216,6 +221,7 @@ impl MatrixTile {
             Self {
                 subgroups: 4,
                 key_tile: 16,
+                double: false,
                 q_resident: false,
                 subgroup_order: false,
                 reads: Reads::Vectors,

@@ -93,6 +93,7 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
         subgroups,
         row_mats,
         key_tile,
+        double: true,
         q_resident: true,
         subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
         s_spare,
@@ -101,13 +102,23 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
             true => Reads::Words,
             false => Reads::Numbers,
         },
-        chains: 1,
+        // Where a step has few sums of Q K^T, one chain of them waits for itself.
+        chains: if head_dim > 64
+            && head_dim <= 128
+            && (head_dim.div_ceil(16) * 16 / side).is_multiple_of(2)
+        {
+            2
+        } else {
+            1
+        },
         channels: head_dim.next_multiple_of(16),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use sageattn_shaders::RowGroups;
+
     use super::*;
     use crate::tier::tests::{long, plain};
     use crate::tier::{Tier, choose};
@@ -160,7 +171,16 @@ mod tests {
             };
             assert_eq!(tile.side, 16);
             assert!(tile.channels >= head_dim && tile.channels < head_dim + 16);
-            assert!(tile.workgroup_bytes(false) <= 49152);
+            assert!(tile.workgroup_bytes(true) <= 49152);
+            // Scales of single keys take room as well: perhaps another tile's.
+            let request = Request {
+                k_groups: RowGroups::TOKEN,
+                ..long(head_dim, Pv::F16)
+            };
+            let AttendKernel::Matrix(token) = choose(&facts, &request, Tier::ALL).unwrap() else {
+                panic!("{request:?}");
+            };
+            assert!(token.workgroup_bytes(false) <= 49152);
             // A subgroup's rows end where the padding of Q does, and invocations share rows evenly.
             assert_eq!(
                 crate::memory::ROW_PADDING % (tile.row_mats * tile.side) as usize,

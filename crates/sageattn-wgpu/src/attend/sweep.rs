@@ -149,26 +149,16 @@ fn candidates(head_dim: usize) -> &'static [Candidate] {
     match head_dim {
         ..=64 => &[
             (4, 2, 32, 8, Words, 1, true, true),
-            (4, 2, 32, 8, Words, 2, true, true),
-            (4, 2, 32, 4, Words, 1, true, true),
-            (4, 2, 16, 8, Words, 1, true, true),
-            (8, 2, 16, 8, Words, 1, true, true),
-            (8, 1, 32, 4, Words, 2, true, true),
-            (4, 1, 32, 8, Words, 2, true, true),
-            (2, 2, 32, 8, Words, 1, true, true),
+            (4, 2, 16, 8, Words, 1, false, true),
+            (3, 2, 16, 8, Words, 1, true, true),
+            (6, 1, 16, 4, Words, 1, true, true),
         ],
         ..=128 => &[
             (8, 1, 16, 8, Words, 2, true, true),
-            (8, 1, 16, 4, Words, 2, true, true),
-            (8, 1, 16, 8, Words, 1, true, true),
-            (4, 1, 32, 4, Words, 2, true, true),
-            (4, 1, 16, 8, Words, 2, true, true),
+            (4, 1, 16, 8, Words, 2, false, true),
+            (4, 1, 16, 8, Words, 1, false, true),
         ],
-        _ => &[
-            (6, 1, 16, 8, Words, 2, true, true),
-            (7, 1, 16, 4, Words, 2, true, true),
-            (5, 1, 16, 8, Words, 2, true, true),
-        ],
+        _ => &[(6, 1, 16, 8, Words, 1, true, true)],
     }
 }
 
@@ -209,23 +199,16 @@ fn sweep() {
         // In rounds: other work on the device comes and goes.
         let mut rows = Vec::new();
         for (number, candidate) in candidates(head_dim).iter().enumerate() {
-            let &(
-                subgroups,
-                row_mats,
-                key_tile,
-                s_spare,
-                reads,
-                chains,
-                q_resident,
-                subgroup_order,
-            ) = candidate;
+            let &(subgroups, row_mats, key_tile, s_spare, reads, chains, double, subgroup_order) =
+                candidate;
             let tile = MatrixTile {
                 side,
                 lanes,
                 subgroups,
                 row_mats: row_mats * lanes.max(16) / (2 * side),
                 key_tile: key_tile * side / 16,
-                q_resident,
+                double,
+                q_resident: true,
                 subgroup_order,
                 reads,
                 chains,
@@ -240,8 +223,8 @@ fn sweep() {
             let kernel = AttendKernel::Matrix(tile);
             let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
             let name = format!(
-                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} s{s_spare} {reads:?} c{chains} q{} o{} {room} bytes",
-                u8::from(q_resident),
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} s{s_spare} {reads:?} c{chains} d{} o{} {room} bytes",
+                u8::from(double),
                 u8::from(subgroup_order),
             );
             let wrong = [false, true].map(|causal| {
