@@ -153,7 +153,7 @@ fn candidates(head_dim: usize) -> &'static [Candidate] {
             (3, 2, 16, 8, Words, 1, true, true),
             (6, 1, 16, 4, Words, 1, true, true),
         ],
-        ..=128 => &[
+        65..=128 => &[
             (8, 1, 16, 8, Words, 2, true, true),
             (4, 1, 16, 8, Words, 2, false, true),
             (4, 1, 16, 8, Words, 1, false, true),
