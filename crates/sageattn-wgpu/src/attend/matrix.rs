@@ -61,17 +61,35 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
     })
 }
 
-/// Subgroups, matrices of queries of each, keys of a step, and numbers behind a row of scores: the
-/// fastest first, as measured on an H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less
-/// workgroup memory.
-type TileShape = (u32, u32, u32, u32);
+/// Subgroups, matrices of queries of each, keys of a step, numbers behind a row of scores, and whether
+/// two tiles of K and V: the fastest first, as measured on an H100 (docs/kernels/attend_matrix_wgsl.md),
+/// then what takes less workgroup memory.
+type TileShape = (u32, u32, u32, u32, bool);
 
 fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
     match (side, head_dim) {
-        (16, ..=64) => &[(4, 2, 32, 8), (4, 2, 16, 8), (1, 2, 16, 8), (1, 1, 16, 8)],
-        (16, ..=128) => &[(8, 1, 16, 8), (4, 1, 16, 8), (1, 1, 16, 8)],
-        (16, _) => &[(6, 1, 16, 8), (4, 1, 16, 8), (1, 1, 16, 8)],
-        _ => &[(4, 2, 16, 8), (2, 2, 16, 8), (1, 2, 16, 8), (1, 2, 8, 8)],
+        // 22.5 KiB: two workgroups share the 48 KiB that an H100 gives a multiprocessor.
+        (16, ..=64) => &[
+            (4, 2, 16, 8, false),
+            (1, 2, 16, 8, false),
+            (1, 1, 16, 8, false),
+        ],
+        (16, 65..=128) => &[
+            (8, 1, 16, 8, true),
+            (4, 1, 16, 8, false),
+            (1, 1, 16, 8, false),
+        ],
+        (16, _) => &[
+            (6, 1, 16, 8, true),
+            (4, 1, 16, 8, false),
+            (1, 1, 16, 8, false),
+        ],
+        _ => &[
+            (4, 2, 16, 8, false),
+            (2, 2, 16, 8, false),
+            (1, 2, 16, 8, false),
+            (1, 2, 8, 8, false),
+        ],
     }
 }
 
@@ -86,14 +104,17 @@ fn side(facts: &Facts) -> Option<u32> {
 }
 
 fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile {
-    let (subgroups, row_mats, key_tile, s_spare) = shape;
+    let (subgroups, row_mats, key_tile, s_spare, double) = shape;
+    let channels = head_dim.next_multiple_of(16);
+    // One chain of sums waits for itself where a step has few of them. Beyond 128 channels two were slower.
+    let two = (65..=128).contains(&head_dim) && (channels / side).is_multiple_of(2);
     MatrixTile {
         side,
         lanes: facts.subgroup[0],
         subgroups,
         row_mats,
         key_tile,
-        double: true,
+        double,
         q_resident: true,
         subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
         s_spare,
@@ -102,16 +123,8 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
             true => Reads::Words,
             false => Reads::Numbers,
         },
-        // Where a step has few sums of Q K^T, one chain of them waits for itself.
-        chains: if head_dim > 64
-            && head_dim <= 128
-            && (head_dim.div_ceil(16) * 16 / side).is_multiple_of(2)
-        {
-            2
-        } else {
-            1
-        },
-        channels: head_dim.next_multiple_of(16),
+        chains: if two { 2 } else { 1 },
+        channels,
     }
 }
 
