@@ -13,7 +13,7 @@
 //
 // One step of the loop has Q K^T of the next tile, P V of this one and the softmax between them, which
 // depend on each other only from step to step: the matrix unit has work while scores become weights.
-// Tiles of K and V are two deep, so that one barrier a step is enough.
+// With two tiles each of K and V in workgroup memory one barrier a step is enough.
 //
 // O is not rescaled when a row's maximum rises: the maximum in use stays until the scores pass it by
 // STALE, and P is as large as 2^STALE until then, which f16 holds with the same relative precision. When
@@ -38,8 +38,8 @@ const P_ITEMS: u32 = P_STRIDE / PER_ITEM;
 const ROW_ITEMS: u32 = CHANNELS / PER_ITEM;
 const KV_STRIDE: u32 = (CHANNELS + 8u) / PER_ITEM;
 const SIDE_ITEMS: u32 = SIDE / PER_ITEM;
-// K and V are read STAGED_WIDTH numbers at a time: so many reads are a row, and a tile.
-const ROW_READS: u32 = CHANNELS / STAGED_WIDTH;
+// K and V are read READ_WIDTH numbers at a time: so many reads are a row, and a tile.
+const ROW_READS: u32 = CHANNELS / READ_WIDTH;
 const TILE_READS: u32 = KEY_TILE * ROW_READS;
 // Where the second tile begins in workgroup memory: there is one, or two that take turns.
 const KV_TILE: u32 = KEY_TILE * KV_STRIDE;
@@ -55,8 +55,8 @@ const PLAIN_MAXIMUM: f32 = 1024.0;
 
 @group(0) @binding(0) var<uniform> params: AttendParams;
 @group(0) @binding(1) var<storage, read_write> q_codes: array<Half>;
-@group(0) @binding(2) var<storage, read_write> k_codes: array<Staged>;
-@group(0) @binding(3) var<storage, read_write> values: array<Staged>;
+@group(0) @binding(2) var<storage, read_write> k_codes: array<Read>;
+@group(0) @binding(3) var<storage, read_write> values: array<Read>;
 @group(0) @binding(4) var<storage, read_write> floats: array<f32>;
 @group(0) @binding(5) var<storage, read_write> out: array<u32>;
 @group(0) @binding(6) var<storage, read_write> lse: array<u32>;
@@ -92,10 +92,10 @@ fn subgroup_order() {
 // Where the i-th part of a tile lies, of those that an invocation stages.
 fn kv_place(lane: u32, i: u32) -> u32 {
 //# if STAGE_EVEN
-    return (lane / ROW_READS + i * (THREADS / ROW_READS)) * KV_STRIDE + lane % ROW_READS * (STAGED_WIDTH / PER_ITEM);
+    return (lane / ROW_READS + i * (THREADS / ROW_READS)) * KV_STRIDE + lane % ROW_READS * (READ_WIDTH / PER_ITEM);
 //# else
     let at = i * THREADS + lane;
-    return (at / ROW_READS) * KV_STRIDE + at % ROW_READS * (STAGED_WIDTH / PER_ITEM);
+    return (at / ROW_READS) * KV_STRIDE + at % ROW_READS * (READ_WIDTH / PER_ITEM);
 //# end
 }
 
@@ -116,38 +116,28 @@ fn kv_is_there(lane: u32, i: u32) -> bool {
 //# end
 }
 
-//# if STAGED_WORDS
+//# if VECTOR_ITEMS
 // Four f16 in two words. WGSL has no cast between the two; compilers see through the detour.
 fn halves(words: vec2<u32>) -> vec4<f16> {
     return vec4<f16>(vec4<f32>(unpack2x16float(words.x), unpack2x16float(words.y)));
 }
 
 //# end
-fn put_k(at: u32, x: Staged) {
-//# if STAGED_WORDS
+fn put_k(at: u32, x: Read) {
+//# if VECTOR_ITEMS
     room.k[at] = halves(x.xy);
     room.k[at + 1u] = halves(x.zw);
 //# else
-//# if STAGED_PAIRS
-    room.k[at] = x[0];
-    room.k[at + 1u] = x[1];
-//# else
     room.k[at] = x;
-//# end
 //# end
 }
 
-fn put_v(at: u32, x: Staged) {
-//# if STAGED_WORDS
+fn put_v(at: u32, x: Read) {
+//# if VECTOR_ITEMS
     room.v[at] = halves(x.xy);
     room.v[at + 1u] = halves(x.zw);
 //# else
-//# if STAGED_PAIRS
-    room.v[at] = x[0];
-    room.v[at + 1u] = x[1];
-//# else
     room.v[at] = x;
-//# end
 //# end
 }
 
@@ -301,11 +291,7 @@ fn move_row(
 //# for e in CHAINS
     {
 //# for m in ROW_MATS
-//# if Q_RESIDENT
         let a$m = q$m_$c_$e;
-//# else
-        let a$m = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + ($cu * CHAINS + $eu) * SIDE_ITEMS], ROW_ITEMS);
-//# end
 //# end
 //# for n in KEY_MATS
         let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
@@ -370,8 +356,8 @@ fn main(
     // queries': any codes will do.
     let own_row = select(0u, first_row + own, first_row + own < params.q_padded);
     let q_at = (params.q_codes * 8u + (pair * params.q_padded + own_row) * CHANNELS) / PER_ITEM;
-    let k_start = (params.k_codes * 8u + kv_pair * params.kv_padded * CHANNELS) / STAGED_WIDTH;
-    let v_start = (params.values * 8u + kv_pair * params.kv_padded * CHANNELS) / STAGED_WIDTH;
+    let k_start = (params.k_codes * 8u + kv_pair * params.kv_padded * CHANNELS) / READ_WIDTH;
+    let v_start = (params.values * 8u + kv_pair * params.kv_padded * CHANNELS) / READ_WIDTH;
     let s_at = own * S_ITEMS;
     let p_at = own * P_ITEMS;
 
@@ -398,12 +384,10 @@ fn main(
         set_spare(0u, 2u, -1.0);
     }
 
-//# if Q_RESIDENT
 //# for m in ROW_MATS
 //# for c in CHAIN_MATS
 //# for e in CHAINS
     let q$m_$c_$e = coopLoadT<Factor>(&q_codes[q_at + $mu * SIDE * ROW_ITEMS + ($cu * CHAINS + $eu) * SIDE_ITEMS], ROW_ITEMS);
-//# end
 //# end
 //# end
 //# end

@@ -7,7 +7,7 @@ mod matrix;
 mod matrix_i8;
 
 pub use dot::DotTile;
-pub use matrix::{MatrixTile, Reads};
+pub use matrix::MatrixTile;
 pub use matrix_i8::MatrixI8Tile;
 
 use crate::{DType, KEY_TILE, Kernel, Native, Prelude, RowGroups};

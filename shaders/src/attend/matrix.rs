@@ -25,35 +25,15 @@ pub struct MatrixTile {
     pub key_tile: u32,
     /// Two tiles of K and of V in workgroup memory, for one barrier a step instead of two.
     pub double: bool,
-    /// Keep Q in registers over the whole call.
-    pub q_resident: bool,
     /// What a subgroup writes for itself is ordered by `subgroupBarrier`, not by the whole workgroup's.
     pub subgroup_order: bool,
     /// Arrays that matrices are loaded from are made of vectors, so that single invocations read and
     /// write 8 or 16 bytes at a time. Metal's matrices want arrays of numbers.
     pub vector_items: bool,
-    /// How K and V are read.
-    pub reads: Reads,
     /// Chains of sums of Q K^T: 1 or 2, which divides the matrices that the channels are.
     pub chains: u32,
-    /// Numbers behind each row of S, at least 4. With 8 a subgroup's stores of S meet in no bank where
-    /// banks are 32 words.
-    pub s_spare: u32,
     /// Channels, padded to whole matrices.
     pub channels: u32,
-}
-
-/// In what pieces an invocation reads K and V. Only numbers where `vector_items` is off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reads {
-    /// f16 by f16.
-    Numbers,
-    /// Four f16.
-    Vectors,
-    /// Eight, as a matrix of two columns.
-    Pairs,
-    /// Eight, as four words.
-    Words,
 }
 
 impl MatrixTile {
@@ -77,9 +57,10 @@ impl MatrixTile {
         self.lanes.div_ceil(self.own_rows())
     }
 
-    /// Numbers from one row of S to the next.
+    /// Numbers from one row of S to the next: 8 more than a tile, so that a subgroup's stores of S meet in
+    /// no bank where banks are 32 words. The kernel uses four of them.
     const fn s_stride(&self) -> u32 {
-        self.key_tile + self.s_spare
+        self.key_tile + 8
     }
 
     /// The same for P, in f16: 16 bytes more than a tile, so that neighbours fall into different banks.
@@ -106,12 +87,8 @@ impl MatrixTile {
     }
 
     /// Numbers of K and V that an invocation reads at a time.
-    const fn staged_width(&self) -> u32 {
-        match self.reads {
-            Reads::Numbers => 1,
-            Reads::Vectors => 4,
-            Reads::Pairs | Reads::Words => 8,
-        }
+    const fn read_width(&self) -> u32 {
+        if self.vector_items { 8 } else { 1 }
     }
 
     /// How far, in log2 units, a row's scores may pass the maximum in use.
@@ -121,20 +98,12 @@ impl MatrixTile {
 
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
-        let q = if self.q_resident { "q" } else { "" };
         let double = if self.double { "d" } else { "" };
         let order = if self.subgroup_order { "o" } else { "" };
-        let reads = match self.reads {
-            Reads::Numbers => "n",
-            Reads::Vectors => "v",
-            Reads::Pairs => "p",
-            Reads::Words => "w",
-        };
-        let chains = self.chains;
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
-            "_mat{}x{}w{}k{}s{}c{chains}{double}{q}{order}{reads}_lanes{}{items}",
-            self.side, self.row_mats, self.subgroups, self.key_tile, self.s_spare, self.lanes
+            "_mat{}x{}w{}k{}c{}{double}{order}_lanes{}{items}",
+            self.side, self.row_mats, self.subgroups, self.key_tile, self.chains, self.lanes
         )
     }
 
@@ -142,23 +111,17 @@ impl MatrixTile {
         let extensions = ["f16", "wgpu_cooperative_matrix"];
         let name = v.name();
         let matrix = |ty, role| format!("coop_mat{0}x{0}<{ty}, {role}>", self.side);
-        let (half, single) = match self.vector_items {
-            true => ("vec4<f16>", "vec4<f32>"),
-            false => ("f16", "f32"),
+        let (half, single, read) = match self.vector_items {
+            true => ("vec4<f16>", "vec4<f32>", "vec4<u32>"),
+            false => ("f16", "f32", "f16"),
         };
-        let staged = match self.reads {
-            Reads::Numbers => "f16",
-            Reads::Vectors => "vec4<f16>",
-            Reads::Pairs => "mat2x4<f16>",
-            Reads::Words => "vec4<u32>",
-        };
-        let reads = self.key_tile * self.channels / self.staged_width();
+        let reads = self.key_tile * self.channels / self.read_width();
         let threads = self.invocations();
         let prelude = v
             .constants(Prelude::enabling(&name, &extensions))
             .alias("Half", half)
             .alias("Single", single)
-            .alias("Staged", staged)
+            .alias("Read", read)
             .alias("Factor", &matrix("f16", "A"))
             .alias("Other", &matrix("f16", "B"))
             .alias("Sums", &matrix("f32", "C"))
@@ -178,9 +141,7 @@ impl MatrixTile {
             .number("CHAINS", self.chains)
             .flag("TWO_CHAINS", self.chains == 2)
             .number("CHAIN_MATS", self.channels / self.side / self.chains)
-            .number("STAGED_WIDTH", self.staged_width())
-            .flag("STAGED_PAIRS", self.reads == Reads::Pairs)
-            .flag("STAGED_WORDS", self.reads == Reads::Words)
+            .number("READ_WIDTH", self.read_width())
             .number("STAGE", reads.div_ceil(threads))
             .flag("STAGE_WHOLE", reads.is_multiple_of(threads))
             .flag("STAGE_EVEN", threads.is_multiple_of(reads / self.key_tile))
@@ -190,7 +151,6 @@ impl MatrixTile {
             .number("P_STRIDE", self.p_stride())
             .flag("VECTOR_ITEMS", self.vector_items)
             .flag("DOUBLE", self.double)
-            .flag("Q_RESIDENT", self.q_resident)
             .flag("SUBGROUP_ORDER", self.subgroup_order)
             .flag("K_UNIFORM", v.k_uniform(self.key_tile))
             .float("STALE", f32::from(STALE))
@@ -208,12 +168,9 @@ impl MatrixTile {
             row_mats: 2,
             key_tile: 32,
             double: true,
-            q_resident: true,
             subgroup_order: true,
             vector_items: true,
-            reads: Reads::Pairs,
             chains: 1,
-            s_spare: 8,
             channels,
         };
         let tiles = [
@@ -222,23 +179,18 @@ impl MatrixTile {
                 subgroups: 4,
                 key_tile: 16,
                 double: false,
-                q_resident: false,
                 subgroup_order: false,
-                reads: Reads::Vectors,
                 ..big
             },
             Self {
                 subgroups: 8,
                 row_mats: 1,
-                reads: Reads::Words,
-                s_spare: 4,
                 ..big
             },
             Self {
                 side: 8,
                 lanes: 8,
                 key_tile: 16,
-                reads: Reads::Numbers,
                 chains: if (channels / 8).is_multiple_of(2) {
                     2
                 } else {

@@ -1,6 +1,6 @@
 //! The tier of WGSL's cooperative matrices: what it needs of a device, and its tile.
 
-use sageattn_shaders::{AttendKernel, MatrixTile, Pv, Reads};
+use sageattn_shaders::{AttendKernel, MatrixTile, Pv};
 use wgpu::{CooperativeScalarType as Scalar, Features};
 
 use crate::tier::{Facts, Request};
@@ -61,34 +61,22 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
     })
 }
 
-/// Subgroups, matrices of queries of each, keys of a step, numbers behind a row of scores, and whether
-/// two tiles of K and V: the fastest first, as measured on an H100 (docs/kernels/attend_matrix_wgsl.md),
-/// then what takes less workgroup memory.
-type TileShape = (u32, u32, u32, u32, bool);
+/// Subgroups, matrices of queries of each, keys of a step, and whether two tiles of K and V: the fastest
+/// first, as measured on an H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less workgroup
+/// memory.
+type TileShape = (u32, u32, u32, bool);
 
 fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
     match (side, head_dim) {
         // 22.5 KiB: two workgroups share the 48 KiB that an H100 gives a multiprocessor.
-        (16, ..=64) => &[
-            (4, 2, 16, 8, false),
-            (1, 2, 16, 8, false),
-            (1, 1, 16, 8, false),
-        ],
-        (16, 65..=128) => &[
-            (8, 1, 16, 8, true),
-            (4, 1, 16, 8, false),
-            (1, 1, 16, 8, false),
-        ],
-        (16, _) => &[
-            (6, 1, 16, 8, true),
-            (4, 1, 16, 8, false),
-            (1, 1, 16, 8, false),
-        ],
+        (16, ..=64) => &[(4, 2, 16, false), (1, 2, 16, false), (1, 1, 16, false)],
+        (16, 65..=128) => &[(8, 1, 16, true), (4, 1, 16, false), (1, 1, 16, false)],
+        (16, _) => &[(6, 1, 16, true), (4, 1, 16, false), (1, 1, 16, false)],
         _ => &[
-            (4, 2, 16, 8, false),
-            (2, 2, 16, 8, false),
-            (1, 2, 16, 8, false),
-            (1, 2, 8, 8, false),
+            (4, 2, 16, false),
+            (2, 2, 16, false),
+            (1, 2, 16, false),
+            (1, 2, 8, false),
         ],
     }
 }
@@ -104,7 +92,7 @@ fn side(facts: &Facts) -> Option<u32> {
 }
 
 fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile {
-    let (subgroups, row_mats, key_tile, s_spare, double) = shape;
+    let (subgroups, row_mats, key_tile, double) = shape;
     let channels = head_dim.next_multiple_of(16);
     // One chain of sums waits for itself where a step has few of them. Beyond 128 channels two were slower.
     let two = (65..=128).contains(&head_dim) && (channels / side).is_multiple_of(2);
@@ -115,14 +103,8 @@ fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile
         row_mats,
         key_tile,
         double,
-        q_resident: true,
         subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
-        s_spare,
         vector_items: facts.vector_items,
-        reads: match facts.vector_items {
-            true => Reads::Words,
-            false => Reads::Numbers,
-        },
         chains: if two { 2 } else { 1 },
         channels,
     }

@@ -12,7 +12,8 @@ use sageattn_core::{
     Align, Backend, Buffer, DType, Error, HostTensor, Io, Layout, Mask, Outputs, Problem, Recipe,
     Shape, TensorView, attend_host,
 };
-use sageattn_shaders::{AttendKernel, MatrixTile, Reads};
+use sageattn_shaders::{AttendKernel, MatrixTile};
+use wgpu::Features;
 
 use crate::Wgpu;
 use crate::tier::Forced;
@@ -140,36 +141,23 @@ fn setting(name: &str, otherwise: f64) -> f64 {
     value.unwrap_or(otherwise)
 }
 
-/// Subgroups, matrices of rows, keys of a tile, numbers behind a row of scores, reads of K and V, chains
-/// of sums, Q in registers, subgroups in their own order.
-type Candidate = (u32, u32, u32, u32, Reads, u32, bool, bool);
+/// Subgroups, matrices of rows, keys of a tile, chains of sums, two tiles of K and V.
+type Candidate = (u32, u32, u32, u32, bool);
 
 fn candidates(head_dim: usize) -> &'static [Candidate] {
-    use Reads::Words;
     match head_dim {
         ..=64 => &[
-            (4, 2, 32, 8, Words, 1, true, true),
-            (4, 2, 16, 8, Words, 1, false, true),
-            (3, 2, 16, 8, Words, 1, true, true),
-            (6, 1, 16, 4, Words, 1, true, true),
+            (4, 2, 16, 1, false),
+            (4, 2, 32, 1, true),
+            (8, 2, 16, 1, true),
         ],
         65..=128 => &[
-            (8, 1, 16, 8, Words, 2, true, true),
-            (4, 1, 16, 8, Words, 2, false, true),
-            (4, 1, 16, 8, Words, 1, false, true),
+            (8, 1, 16, 2, true),
+            (8, 1, 16, 1, true),
+            (4, 1, 16, 2, false),
         ],
-        _ => &[(6, 1, 16, 8, Words, 1, true, true)],
+        _ => &[(6, 1, 16, 1, true), (6, 1, 16, 2, true)],
     }
-}
-
-/// Which part of the candidates this process takes, and of how many: `SWEEP_PART=1/4`.
-fn is_ours(number: usize) -> bool {
-    let part = std::env::var("SWEEP_PART").unwrap_or_default();
-    let part = part.split_once('/').and_then(|(part, of)| {
-        let of: usize = of.parse().ok()?;
-        Some((part.parse::<usize>().ok()?, of.max(1)))
-    });
-    part.is_none_or(|(part, of)| number % of == part)
 }
 
 #[test]
@@ -180,7 +168,6 @@ fn sweep() {
     println!("{:?}", gpu.context.info.name);
     let start = Instant::now();
     let late = || start.elapsed().as_secs_f64() > setting("SWEEP_SECONDS", 50.0);
-    let only_compile = std::env::var_os("SWEEP_COMPILE").is_some();
     let lanes = facts.subgroup[0];
     let is_big = facts
         .matrices
@@ -198,9 +185,8 @@ fn sweep() {
         let tensors = Tensors::new(&gpu, Shape::mha(1, 32, len as usize, head_dim)).unwrap();
         // In rounds: other work on the device comes and goes.
         let mut rows = Vec::new();
-        for (number, candidate) in candidates(head_dim).iter().enumerate() {
-            let &(subgroups, row_mats, key_tile, s_spare, reads, chains, double, subgroup_order) =
-                candidate;
+        for candidate in candidates(head_dim) {
+            let &(subgroups, row_mats, key_tile, chains, double) = candidate;
             let tile = MatrixTile {
                 side,
                 lanes,
@@ -208,29 +194,22 @@ fn sweep() {
                 row_mats: row_mats * lanes.max(16) / (2 * side),
                 key_tile: key_tile * side / 16,
                 double,
-                q_resident: true,
-                subgroup_order,
-                reads,
+                subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
                 chains,
                 vector_items: facts.vector_items,
-                s_spare,
                 channels: crate::memory::index(head_dim as u64).next_multiple_of(16),
             };
             let room = tile.workgroup_bytes(true);
-            if !is_ours(number) || room > facts.limits.max_compute_workgroup_storage_size {
+            if room > facts.limits.max_compute_workgroup_storage_size {
                 continue;
             }
             let kernel = AttendKernel::Matrix(tile);
             let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
             let name = format!(
-                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} s{s_spare} {reads:?} c{chains} d{} o{} {room} bytes",
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} c{chains} d{} {room} bytes",
                 u8::from(double),
-                u8::from(subgroup_order),
             );
             let wrong = [false, true].map(|causal| {
-                if !only_compile {
-                    return String::new();
-                }
                 let error = error(&forced, head_dim, &Recipe::SAGE1_B, causal);
                 error.map_or_else(
                     |error| error.to_string(),
@@ -243,8 +222,7 @@ fn sweep() {
                 [[0.0f64; 2]; 2],
             ));
         }
-        println!("{:.1} s", start.elapsed().as_secs_f64());
-        for _ in 0..if only_compile { 0 } else { 3 } {
+        for _ in 0..3 {
             if let Some((_, forced, _)) = rows.first() {
                 // An idle device takes half a second to raise its clock.
                 let warm = Instant::now();
@@ -284,7 +262,7 @@ fn sweep() {
                 let rate = tensors.time_of(shape, forced, &Recipe::SAGE1_B, false);
                 rate.map_or(0.0, |[tops, _]| tops)
             };
-            if !late() && !only_compile {
+            if !late() {
                 *name += &format!(
                     " one wave {:.0}, two {:.0}, three {:.0}",
                     rate(1),
