@@ -9,9 +9,9 @@
 // r % q_len of head r / q_len. A pack is four of them, a vec4 throughout, so that every number read of
 // K and V serves four rows.
 //
-// An invocation holds eight channels (column) of every SLOTS-th key, four keys at a time, while four
-// more are on their way: two sets that take turns, so that neither is copied, which would wait for it. K
-// and V go from memory to registers; workgroup memory only adds up what the columns of a key have
+// An invocation holds eight channels (column) of every SLOTS-th key, in two sets of four keys that take
+// turns: each is on its way again as soon as it has been multiplied, and neither is copied, which would
+// wait for it. K and V go from memory to registers; workgroup memory only adds up what the columns of a key have
 // multiplied. The scores of the whole range are kept, so there is one maximum, and nothing is rescaled.
 
 // Keys of one set, and of a turn of both.
@@ -120,6 +120,23 @@ fn put_products(q: Eight, keys: Keys, key: u32, column: u32) {
     products[(key + 3u * SLOTS) * STRIDE + column] = multiply(q, keys.k3);
 }
 
+// The scores of one set's keys, the first of them at `at`; of those that an invocation adds up, the
+// largest.
+fn put_scores(lane: u32, at: u32, key: u32, seen: u32) -> f32 {
+    var peak = MASKED;
+    for (var i = lane; i < 4u * SET; i += THREADS) {
+        let start = (i / 4u) * STRIDE;
+        var sum = 0.0;
+        for (var c = 0u; c < COLUMNS; c++) {
+            sum += products[start + c][i % 4u];
+        }
+        let s = select(MASKED, sum * params.score_scale, key + i / 4u < seen);
+        scores[at + i / 4u][i % 4u] = s;
+        peak = max(peak, s);
+    }
+    return peak;
+}
+
 // What an invocation has of O: eight channels of four rows, and their sum of P.
 struct Output {
     o: Eight,
@@ -154,9 +171,11 @@ fn add_keys(out: Output, keys: Keys, at: u32) -> Output {
 
 fn round_p(p: vec4<f32>) -> vec4<f32> {
     if (DTYPE == DTYPE_F16) {
+        // In integers: a compiler that sees numbers packed and unpacked at once may leave out both, and
+        // the rounding with them (NVIDIA's does).
         return vec4<f32>(
-            unpack2x16float(pack_halves(p.x, p.y)),
-            unpack2x16float(pack_halves(p.z, p.w)),
+            unpack2x16float(f16_bits(p.x) | (f16_bits(p.y) << 16u)),
+            unpack2x16float(f16_bits(p.z) | (f16_bits(p.w) << 16u)),
         );
     }
     if (DTYPE == DTYPE_BF16) {
@@ -263,31 +282,27 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let seen = visible_to(row + lane % 4u);
     var peak = MASKED;
     var even = keys_of_k(k_start, begin + first, last, column);
+    var odd = keys_of_k(k_start, begin + SET + first, last, column);
     for (var key = begin; key < end; key += TURN) {
-        let odd = keys_of_k(k_start, key + SET + first, last, column);
         if (slot < SLOTS) {
             put_products(q_rows, even, first, column);
         }
         even = keys_of_k(k_start, key + TURN + first, last, column);
-        if (slot < SLOTS) {
-            put_products(q_rows, odd, first + SET, column);
-        }
         workgroupBarrier();
-        for (var i = lane; i < 4u * TURN; i += THREADS) {
-            let at = (i / 4u) * STRIDE;
-            var sum = 0.0;
-            for (var c = 0u; c < COLUMNS; c++) {
-                sum += products[at + c][i % 4u];
-            }
-            let s = select(MASKED, sum * params.score_scale, key + i / 4u < seen);
-            scores[key - begin + i / 4u][i % 4u] = s;
-            peak = max(peak, s);
+        peak = max(peak, put_scores(lane, key - begin, key, seen));
+        workgroupBarrier();
+        if (slot < SLOTS) {
+            put_products(q_rows, odd, first, column);
         }
+        odd = keys_of_k(k_start, key + TURN + SET + first, last, column);
+        workgroupBarrier();
+        peak = max(peak, put_scores(lane, key - begin + SET, key + SET, seen));
         workgroupBarrier();
     }
 
     // Softmax: one maximum for the range. The first keys of V are under way meanwhile.
     even = keys_of_v(v_start, begin + first, last, column);
+    odd = keys_of_v(v_start, begin + SET + first, last, column);
     let maximum = largest_of(lane, peak);
     var unrounded = vec4<f32>();
     for (var i = lane; i < (end - begin + TURN - 1u) / TURN * TURN; i += THREADS) {
@@ -303,10 +318,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // P V
     var out = Output();
     for (var key = begin; key < end; key += TURN) {
-        let odd = keys_of_v(v_start, key + SET + first, last, column);
         out = add_keys(out, even, key - begin + first);
         even = keys_of_v(v_start, key + TURN + first, last, column);
         out = add_keys(out, odd, key - begin + SET + first);
+        odd = keys_of_v(v_start, key + TURN + SET + first, last, column);
     }
 
     // The slots' parts, halved until one is left.

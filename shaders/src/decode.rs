@@ -64,12 +64,15 @@ impl DecodeVariant {
         1 << most.ilog2()
     }
 
-    /// Vectors of workgroup memory for the products of one turn's keys; sums pass through it as well.
+    /// Vectors of workgroup memory for the products of one set's keys; the halves of O and of the sums pass
+    /// through it as well.
     const fn products(&self) -> u32 {
         let columns = decode_columns(self.head_dim);
-        let products = 8 * self.slots() * (columns | 1);
-        if products > self.tile.invocations {
-            products
+        let products = 4 * self.slots() * (columns | 1);
+        let halves = 9 * (self.slots() / 2) * columns;
+        let most = if products > halves { products } else { halves };
+        if most > self.tile.invocations {
+            most
         } else {
             self.tile.invocations
         }

@@ -16,6 +16,9 @@
 //!
 //! where the names are constants of its prelude: a number counts, zero is false. `$m` is replaced by
 //! the loop's index. Loop variables are single letters.
+//!
+//! A function cannot take or return matrices that stay in registers, so lines that are needed twice are
+//! named by `//# block NAME` .. `//# end`, which writes nothing, and written by `//# use NAME`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -30,39 +33,59 @@ pub(crate) type Constants = HashMap<String, u32>;
 pub(crate) fn unroll(text: &str, constants: &Constants) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let mut out = String::with_capacity(4 * text.len());
-    write_block(&lines, constants, &mut Vec::new(), &mut out);
+    let mut state = State {
+        constants,
+        blocks: HashMap::new(),
+        indices: Vec::new(),
+    };
+    write_block(&lines, &mut state, &mut out);
     out
 }
 
-fn write_block(
-    lines: &[&str],
-    constants: &Constants,
-    indices: &mut Vec<(char, u32)>,
-    out: &mut String,
-) {
+struct State<'a> {
+    constants: &'a Constants,
+    /// Lines that have a name.
+    blocks: HashMap<&'a str, Vec<&'a str>>,
+    /// The loops round the current line, and where each is.
+    indices: Vec<(char, u32)>,
+}
+
+fn write_block<'a>(lines: &[&'a str], state: &mut State<'a>, out: &mut String) {
+    let constants = state.constants;
     let mut at = 0;
     while at < lines.len() {
         let Some(directive) = directive(lines[at]) else {
-            write_line(lines[at], indices, out);
+            write_line(lines[at], &state.indices, out);
             at += 1;
             continue;
         };
+        if let Some(name) = directive.strip_prefix("use ") {
+            match state.blocks.get(name) {
+                Some(block) => write_block(&block.clone(), state, out),
+                None => out.push_str(&format!("# not understood: {directive}\n")),
+            }
+            at += 1;
+            continue;
+        }
         let (otherwise, end) = block_end(lines, at);
         let body = &lines[at + 1..otherwise.unwrap_or(end)];
         match directive.split_whitespace().collect::<Vec<_>>()[..] {
             ["for", name, "in", count] if name.len() == 1 && constants.contains_key(count) => {
                 for index in 0..constants[count] {
-                    indices.extend(name.chars().map(|name| (name, index)));
-                    write_block(body, constants, indices, out);
-                    indices.pop();
+                    state.indices.extend(name.chars().map(|name| (name, index)));
+                    write_block(body, state, out);
+                    state.indices.pop();
                 }
             }
             ["if", flag] if constants.contains_key(flag) => {
                 if constants[flag] != 0 {
-                    write_block(body, constants, indices, out);
+                    write_block(body, state, out);
                 } else if let Some(otherwise) = otherwise {
-                    write_block(&lines[otherwise + 1..end], constants, indices, out);
+                    write_block(&lines[otherwise + 1..end], state, out);
                 }
+            }
+            ["block", name] => {
+                state.blocks.insert(name, body.to_vec());
             }
             _ => out.push_str(&format!("# not understood: {directive}\n")),
         }
@@ -79,7 +102,7 @@ fn block_end(lines: &[&str], start: usize) -> (Option<usize>, usize) {
     let (mut depth, mut otherwise) = (0, None);
     for (at, line) in lines.iter().enumerate().skip(start) {
         match directive(line).map(|text| text.split(' ').next().unwrap_or_default()) {
-            Some("for" | "if") => depth += 1,
+            Some("for" | "if" | "block") => depth += 1,
             Some("else") if depth == 1 => otherwise = Some(at),
             Some("end") if depth == 1 => return (otherwise, at),
             Some("end") => depth -= 1,
@@ -150,7 +173,23 @@ no
     }
 
     #[test]
+    fn a_block_is_written_where_it_is_used() {
+        let text = "\
+//# block B
+//# for i in TWO
+b$i$o
+//# end
+//# end
+a
+//# for o in TWO
+//# use B
+//# end";
+        assert_eq!(unroll(text, &constants()), "a\nb00\nb10\nb01\nb11\n");
+    }
+
+    #[test]
     fn mistakes_stay_visible() {
+        assert!(unroll("//# use NOTHING", &constants()).contains("# not understood"));
         assert!(unroll("//# for i in MANY\n//# end", &constants()).contains("# not understood"));
         assert_eq!(unroll("a$x", &constants()), "a$x\n");
     }

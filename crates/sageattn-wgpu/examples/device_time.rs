@@ -10,15 +10,18 @@
 #![expect(clippy::print_stdout, reason = "an example")]
 
 use std::error::Error;
+use std::time::{Duration, Instant};
 
 use sageattn_core::{
     Align, Backend, DType, HostTensor, Io, Layout, Mask, Plan, Problem, Recipe, Shape, TensorView,
 };
 use sageattn_wgpu::{Wgpu, wgpu};
 
-/// Calls per command buffer, and command buffers.
+/// Calls per command buffer, how long command buffers follow each other before any counts, and how long
+/// they do then. An idle device runs at a fraction of its clock, and takes half a second to raise it.
 const CALLS: u32 = 20;
-const BUFFERS: usize = 20;
+const WARM_UP: Duration = Duration::from_secs(1);
+const MEASURED: Duration = Duration::from_millis(500);
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -84,7 +87,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     let readable = gpu.wrap(ticks.clone());
     let mut micros = Vec::new();
-    for _ in 0..BUFFERS {
+    let start = Instant::now();
+    while start.elapsed() < WARM_UP + MEASURED {
         let mut encoder = device.create_command_encoder(&Default::default());
         timestamp(&mut encoder, &queries, 0);
         for _ in 0..CALLS {
@@ -95,12 +99,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         gpu.wgpu_queue().submit([encoder.finish()]);
         let mut bytes = [0; 16];
         gpu.download(&readable, 0, &mut bytes)?;
-        let ([start, end], _) = bytes.as_chunks::<8>() else {
+        let ([begin, end], _) = bytes.as_chunks::<8>() else {
             return Err("two timestamps".into());
         };
-        let ticks = u64::from_le_bytes(*end).saturating_sub(u64::from_le_bytes(*start));
+        if start.elapsed() < WARM_UP {
+            continue;
+        }
+        let ticks = u64::from_le_bytes(*end).saturating_sub(u64::from_le_bytes(*begin));
         let nanos = ticks as f64 * f64::from(gpu.wgpu_queue().get_timestamp_period());
         micros.push(nanos / 1e3 / f64::from(CALLS));
+    }
+    if micros.is_empty() {
+        return Err("a command buffer takes longer than the measurement".into());
     }
     micros.sort_by(f64::total_cmp);
     let median = micros[micros.len() / 2];

@@ -208,8 +208,10 @@ mod tests {
         assert_eq!(tile_of(49152, shape(1, 16384), 128).split, 512);
         assert_eq!(tile_of(49152, shape(1, 1024), 128).split, 128);
         assert_eq!(tile_of(49152, shape(1, 1024), 128).invocations, 128);
-        // Little memory: fewer invocations.
-        assert_eq!(tile_of(16384, shape(8, 16384), 128).invocations, 64);
+        // Little memory: shorter ranges, then fewer invocations.
+        let tile = tile_of(16384, shape(8, 16384), 128);
+        assert_eq!((tile.invocations, tile.split), (128, 256));
+        assert_eq!(tile_of(8192, shape(8, 16384), 128).invocations, 64);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::{
 /// largest, and rows move so rarely that their round trip through workgroup memory does not count.
 const STALE: u8 = 8;
 
-/// Its tile: which matrices, how many of them a subgroup and a workgroup hold, and from where.
+/// Its tile: which matrices, and how many of them a subgroup and a workgroup hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MatrixTile {
     /// Rows and columns of a matrix: 8 or 16.
@@ -20,20 +20,18 @@ pub struct MatrixTile {
     pub subgroups: u32,
     /// Matrices of queries of a subgroup.
     pub row_mats: u32,
-    /// Keys of a step, a multiple of `side` that divides 64.
+    /// Keys of a step, a multiple of `side` that divides 64. Invocations that share a row need four
+    /// keys each.
     pub key_tile: u32,
-    /// Matrices of keys whose scores a subgroup holds at a time: divides `key_tile / side`.
-    pub key_step: u32,
-    /// Keep Q in registers over the whole call.
-    pub q_resident: bool,
-    /// Tiles of K and V go through workgroup memory, for all subgroups; otherwise each loads its own
-    /// matrices from the bindings.
-    pub staged: bool,
-    /// Staged tiles are read from memory one step before they are needed.
-    pub ahead: bool,
+    /// Two tiles of K and of V in workgroup memory, for one barrier a step instead of two.
+    pub double: bool,
+    /// What a subgroup writes for itself is ordered by `subgroupBarrier`, not by the whole workgroup's.
+    pub subgroup_order: bool,
     /// Arrays that matrices are loaded from are made of vectors, so that single invocations read and
-    /// write 16 bytes at a time. Metal's matrices want arrays of numbers.
+    /// write 8 or 16 bytes at a time. Metal's matrices want arrays of numbers.
     pub vector_items: bool,
+    /// Chains of sums of Q K^T: 1 or 2, which divides the matrices that the channels are.
+    pub chains: u32,
     /// Channels, padded to whole matrices.
     pub channels: u32,
 }
@@ -41,7 +39,12 @@ pub struct MatrixTile {
 impl MatrixTile {
     /// Queries of a workgroup.
     pub const fn rows(&self) -> u32 {
-        self.subgroups * self.row_mats * self.side
+        self.subgroups * self.own_rows()
+    }
+
+    /// Queries of a subgroup.
+    pub const fn own_rows(&self) -> u32 {
+        self.row_mats * self.side
     }
 
     /// Invocations of a workgroup.
@@ -50,17 +53,17 @@ impl MatrixTile {
     }
 
     /// Invocations that share a row.
-    const fn split(&self) -> u32 {
-        self.invocations().div_ceil(self.rows())
+    pub const fn split(&self) -> u32 {
+        self.lanes.div_ceil(self.own_rows())
     }
 
-    /// Numbers from one row of S to the next: 16 bytes more than a tile, so that neighbours fall into
-    /// different banks.
+    /// Numbers from one row of S to the next: 8 more than a tile, so that a subgroup's stores of S meet in
+    /// no bank where banks are 32 words. The kernel uses four of them.
     const fn s_stride(&self) -> u32 {
-        self.key_tile + 4
+        self.key_tile + 8
     }
 
-    /// The same for P, in f16.
+    /// The same for P, in f16: 16 bytes more than a tile, so that neighbours fall into different banks.
     const fn p_stride(&self) -> u32 {
         self.key_tile + 8
     }
@@ -76,25 +79,16 @@ impl MatrixTile {
 
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self, k_uniform: bool) -> u32 {
-        let row = 4 * self.s_stride() + 2 * self.p_stride() + 4 * self.split();
-        let tiles = self.rows() * row;
-        let staged = if self.staged {
-            2 * self.key_tile * 2 * (self.channels + 8)
-        } else {
-            0
-        };
-        let key_scales = if k_uniform { 0 } else { 4 * self.key_tile };
-        (tiles + staged + key_scales + 4).next_multiple_of(16)
+        let tiles = self.rows() * (4 * self.s_stride() + 2 * self.p_stride());
+        let buffers = if self.double { 2 } else { 1 };
+        let staged = buffers * 2 * self.key_tile * 2 * (self.channels + 8);
+        let key_scales = if k_uniform { 0 } else { 2 * 4 * self.key_tile };
+        tiles + staged + key_scales
     }
 
-    /// Items of a tile of K or V.
-    const fn stage_items(&self) -> u32 {
-        let numbers = self.key_tile * self.channels;
-        if self.vector_items {
-            numbers / 4
-        } else {
-            numbers
-        }
+    /// Numbers of K and V that an invocation reads at a time.
+    const fn read_width(&self) -> u32 {
+        if self.vector_items { 8 } else { 1 }
     }
 
     /// How far, in log2 units, a row's scores may pass the maximum in use.
@@ -104,16 +98,12 @@ impl MatrixTile {
 
     /// The end of the variant's name.
     pub(super) fn name(&self) -> String {
-        let q = if self.q_resident { "q" } else { "" };
-        let staged = match (self.staged, self.ahead) {
-            (false, _) => "",
-            (true, false) => "s",
-            (true, true) => "sa",
-        };
+        let double = if self.double { "d" } else { "" };
+        let order = if self.subgroup_order { "o" } else { "" };
         let items = if self.vector_items { "" } else { "_scalar" };
         format!(
-            "_mat{}x{}w{}k{}n{}{q}{staged}_lanes{}{items}",
-            self.side, self.row_mats, self.subgroups, self.key_tile, self.key_step, self.lanes
+            "_mat{}x{}w{}k{}c{}{double}{order}_lanes{}{items}",
+            self.side, self.row_mats, self.subgroups, self.key_tile, self.chains, self.lanes
         )
     }
 
@@ -121,14 +111,17 @@ impl MatrixTile {
         let extensions = ["f16", "wgpu_cooperative_matrix"];
         let name = v.name();
         let matrix = |ty, role| format!("coop_mat{0}x{0}<{ty}, {role}>", self.side);
-        let (half, single) = match self.vector_items {
-            true => ("vec4<f16>", "vec4<f32>"),
-            false => ("f16", "f32"),
+        let (half, single, read) = match self.vector_items {
+            true => ("vec4<f16>", "vec4<f32>", "vec4<u32>"),
+            false => ("f16", "f32", "f16"),
         };
+        let reads = self.key_tile * self.channels / self.read_width();
+        let threads = self.invocations();
         let prelude = v
             .constants(Prelude::enabling(&name, &extensions))
             .alias("Half", half)
             .alias("Single", single)
+            .alias("Read", read)
             .alias("Factor", &matrix("f16", "A"))
             .alias("Other", &matrix("f16", "B"))
             .alias("Sums", &matrix("f32", "C"))
@@ -138,35 +131,27 @@ impl MatrixTile {
             .flag("MANY_SUBGROUPS", self.subgroups > 1)
             .number("ROW_MATS", self.row_mats)
             .number("SPLIT", self.split())
-            .number("LANE_ROWS", self.rows().div_ceil(self.invocations()))
+            .flag("ROW_IS_SHARED", self.split() > 1)
+            .number("LANE_ROWS", self.own_rows().div_ceil(self.lanes))
             .number("PART_QUADS", self.key_tile / 4 / self.split())
-            .flag("AHEAD", self.ahead)
-            .flag("ROLLED", v.causal && self.channels > 64)
             .number("KEY_TILE", self.key_tile)
             .number("KEY_MATS", self.key_tile / self.side)
-            .number("KEY_STEP", self.key_step)
-            .number("KEY_GROUPS", self.key_tile / self.side / self.key_step)
             .number("TILE_QUADS", self.key_tile / 4)
             .number("CHANNELS", self.channels)
-            .number("QK_MATS", self.channels / self.side)
-            .flag("STAGED", self.staged)
-            .number("STAGE", self.stage_items().div_ceil(self.invocations()))
-            .flag(
-                "STAGE_WHOLE",
-                self.stage_items().is_multiple_of(self.invocations()),
-            )
-            .flag(
-                "STAGE_EVEN",
-                self.invocations()
-                    .is_multiple_of(self.stage_items() / self.key_tile),
-            )
+            .number("CHAINS", self.chains)
+            .flag("TWO_CHAINS", self.chains == 2)
+            .number("CHAIN_MATS", self.channels / self.side / self.chains)
+            .number("READ_WIDTH", self.read_width())
+            .number("STAGE", reads.div_ceil(threads))
+            .flag("STAGE_WHOLE", reads.is_multiple_of(threads))
+            .flag("STAGE_EVEN", threads.is_multiple_of(reads / self.key_tile))
             .number("CHUNKS", self.channels / self.chunk())
             .number("CHUNK_MATS", self.chunk() / self.side)
             .number("S_STRIDE", self.s_stride())
             .number("P_STRIDE", self.p_stride())
-            .number("TWO", 2)
             .flag("VECTOR_ITEMS", self.vector_items)
-            .flag("Q_RESIDENT", self.q_resident)
+            .flag("DOUBLE", self.double)
+            .flag("SUBGROUP_ORDER", self.subgroup_order)
             .flag("K_UNIFORM", v.k_uniform(self.key_tile))
             .float("STALE", f32::from(STALE))
             .flag("NATIVE_PACK", native.pack);
@@ -181,38 +166,36 @@ impl MatrixTile {
             lanes: 32,
             subgroups: 1,
             row_mats: 2,
-            key_tile: 64,
-            key_step: 4,
-            q_resident: true,
-            staged: false,
-            ahead: false,
+            key_tile: 32,
+            double: true,
+            subgroup_order: true,
             vector_items: true,
+            chains: 1,
             channels,
         };
         let tiles = [
             big,
             Self {
                 subgroups: 4,
-                key_tile: 32,
-                key_step: 1,
-                q_resident: false,
-                staged: true,
-                ahead: true,
+                key_tile: 16,
+                double: false,
+                subgroup_order: false,
                 ..big
             },
             Self {
                 subgroups: 8,
                 row_mats: 1,
-                key_tile: 32,
-                key_step: 2,
-                staged: true,
                 ..big
             },
             Self {
                 side: 8,
                 lanes: 8,
                 key_tile: 16,
-                key_step: 2,
+                chains: if (channels / 8).is_multiple_of(2) {
+                    2
+                } else {
+                    1
+                },
                 vector_items: false,
                 ..big
             },

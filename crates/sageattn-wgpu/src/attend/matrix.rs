@@ -47,8 +47,9 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
     };
     let limits = &facts.limits;
     let fits = |tile: &MatrixTile| {
-        // Scales of single keys take the most room.
-        tile.workgroup_bytes(false) <= limits.max_compute_workgroup_storage_size
+        let groups = request.k_groups;
+        let k_uniform = groups.slots == 1 && groups.block.is_multiple_of(tile.key_tile);
+        tile.workgroup_bytes(k_uniform) <= limits.max_compute_workgroup_storage_size
             && tile.invocations() <= limits.max_compute_invocations_per_workgroup
             && tile.invocations() <= limits.max_compute_workgroup_size_x
     };
@@ -60,15 +61,23 @@ pub(crate) fn kernel(facts: &Facts, request: &Request) -> Result<AttendKernel, V
     })
 }
 
-/// Subgroups, matrices of queries of each, and keys of a step: the fastest first, as measured on an
-/// H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less workgroup memory.
-type TileShape = (u32, u32, u32);
+/// Subgroups, matrices of queries of each, keys of a step, and whether two tiles of K and V: the fastest
+/// first, as measured on an H100 (docs/kernels/attend_matrix_wgsl.md), then what takes less workgroup
+/// memory.
+type TileShape = (u32, u32, u32, bool);
 
 fn shapes(side: u32, head_dim: u32) -> &'static [TileShape] {
     match (side, head_dim) {
-        (16, ..=64) => &[(8, 2, 16), (4, 2, 16), (1, 2, 16), (1, 1, 16)],
-        (16, _) => &[(8, 1, 32), (8, 1, 16), (4, 1, 16), (1, 1, 16)],
-        _ => &[(4, 2, 16), (1, 2, 16), (1, 1, 8)],
+        // 22.5 KiB: two workgroups share the 48 KiB that an H100 gives a multiprocessor.
+        (16, ..=64) => &[(4, 2, 16, false), (1, 2, 16, false), (1, 1, 16, false)],
+        (16, 65..=128) => &[(8, 1, 16, true), (4, 1, 16, false), (1, 1, 16, false)],
+        (16, _) => &[(6, 1, 16, true), (4, 1, 16, false), (1, 1, 16, false)],
+        _ => &[
+            (4, 2, 16, false),
+            (2, 2, 16, false),
+            (1, 2, 16, false),
+            (1, 2, 8, false),
+        ],
     }
 }
 
@@ -83,24 +92,28 @@ fn side(facts: &Facts) -> Option<u32> {
 }
 
 fn tile(side: u32, facts: &Facts, head_dim: u32, shape: TileShape) -> MatrixTile {
-    let (subgroups, row_mats, key_tile) = shape;
+    let (subgroups, row_mats, key_tile, double) = shape;
+    let channels = head_dim.next_multiple_of(16);
+    // One chain of sums waits for itself where a step has few of them. Beyond 128 channels two were slower.
+    let two = (65..=128).contains(&head_dim) && (channels / side).is_multiple_of(2);
     MatrixTile {
         side,
         lanes: facts.subgroup[0],
         subgroups,
         row_mats,
         key_tile,
-        key_step: key_tile / side,
-        q_resident: true,
-        staged: true,
-        ahead: true,
+        double,
+        subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
         vector_items: facts.vector_items,
-        channels: head_dim.next_multiple_of(16),
+        chains: if two { 2 } else { 1 },
+        channels,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use sageattn_shaders::RowGroups;
+
     use super::*;
     use crate::tier::tests::{long, plain};
     use crate::tier::{Tier, choose};
@@ -153,7 +166,16 @@ mod tests {
             };
             assert_eq!(tile.side, 16);
             assert!(tile.channels >= head_dim && tile.channels < head_dim + 16);
-            assert!(tile.workgroup_bytes(false) <= 49152);
+            assert!(tile.workgroup_bytes(true) <= 49152);
+            // Scales of single keys take room as well: perhaps another tile's.
+            let request = Request {
+                k_groups: RowGroups::TOKEN,
+                ..long(head_dim, Pv::F16)
+            };
+            let AttendKernel::Matrix(token) = choose(&facts, &request, Tier::ALL).unwrap() else {
+                panic!("{request:?}");
+            };
+            assert!(token.workgroup_bytes(false) <= 49152);
             // A subgroup's rows end where the padding of Q does, and invocations share rows evenly.
             assert_eq!(
                 crate::memory::ROW_PADDING % (tile.row_mats * tile.side) as usize,

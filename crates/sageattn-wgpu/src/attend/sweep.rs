@@ -13,6 +13,7 @@ use sageattn_core::{
     Shape, TensorView, attend_host,
 };
 use sageattn_shaders::{AttendKernel, MatrixTile};
+use wgpu::Features;
 
 use crate::Wgpu;
 use crate::tier::Forced;
@@ -93,22 +94,33 @@ impl Tensors {
 
     /// Least times of the attention stage and of all stages, in TOPS by the device's clock.
     fn time(&self, gpu: &Wgpu, recipe: &Recipe, causal: bool) -> Result<[f64; 2], Error> {
-        let mut problem = Problem::new(self.shape, DType::F16)?;
+        self.time_of(self.shape, gpu, recipe, causal)
+    }
+
+    /// The same of another shape, no larger.
+    fn time_of(
+        &self,
+        shape: Shape,
+        gpu: &Wgpu,
+        recipe: &Recipe,
+        causal: bool,
+    ) -> Result<[f64; 2], Error> {
+        let mut problem = Problem::new(shape, DType::F16)?;
         if causal {
             problem = problem.with_mask(Mask::Causal(Align::BottomRight));
         }
         let plan = gpu.plan(&problem, recipe)?;
         let workspace = gpu.alloc(plan.workspace_bytes())?;
-        let views = self.buffers.each_ref().map(|buffer| TensorView {
-            buffer: &**buffer,
-            layout: Layout::hnd(self.shape.q()),
+        let extents = [shape.q(), shape.kv(), shape.kv(), shape.q()];
+        let [q, k, v, out] = [0, 1, 2, 3].map(|i: usize| TensorView {
+            buffer: &*self.buffers[i],
+            layout: Layout::hnd(extents[i]),
             dtype: DType::F16,
         });
-        let [q, k, v, out] = views;
         let io = Io::bind(&problem, q, k, v, out, None)?;
         let start = Instant::now();
         let mut times = Vec::new();
-        while start.elapsed() < Duration::from_millis(60) || times.len() < 3 {
+        while start.elapsed() < Duration::from_millis(100) || times.len() < 3 {
             let profile = plan.profile(&io, &*workspace)?;
             let stages = profile.stages.iter();
             let attend = stages.filter(|(stage, _)| *stage == "attend");
@@ -117,14 +129,8 @@ impl Tensors {
         times.sort();
         // The least: what else runs on the device only adds.
         let (attend, all): (Duration, Duration) = times[0];
-        let Shape {
-            q_heads,
-            q_len,
-            head_dim,
-            ..
-        } = self.shape;
-        let ops =
-            4.0 * (q_heads * q_len * q_len * head_dim) as f64 * if causal { 0.5 } else { 1.0 };
+        let ops = 4.0 * (shape.q_heads * shape.q_len * shape.kv_len * shape.head_dim) as f64;
+        let ops = if causal { ops / 2.0 } else { ops };
         Ok([attend, all].map(|time| ops / time.as_secs_f64() / 1e12))
     }
 }
@@ -133,6 +139,25 @@ impl Tensors {
 fn setting(name: &str, otherwise: f64) -> f64 {
     let value = std::env::var(name).ok().and_then(|text| text.parse().ok());
     value.unwrap_or(otherwise)
+}
+
+/// Subgroups, matrices of rows, keys of a tile, chains of sums, two tiles of K and V.
+type Candidate = (u32, u32, u32, u32, bool);
+
+fn candidates(head_dim: usize) -> &'static [Candidate] {
+    match head_dim {
+        ..=64 => &[
+            (4, 2, 16, 1, false),
+            (4, 2, 32, 1, true),
+            (8, 2, 16, 1, true),
+        ],
+        65..=128 => &[
+            (8, 1, 16, 2, true),
+            (8, 1, 16, 1, true),
+            (4, 1, 16, 2, false),
+        ],
+        _ => &[(6, 1, 16, 1, true), (6, 1, 16, 2, true)],
+    }
 }
 
 #[test]
@@ -144,25 +169,11 @@ fn sweep() {
     let start = Instant::now();
     let late = || start.elapsed().as_secs_f64() > setting("SWEEP_SECONDS", 50.0);
     let lanes = facts.subgroup[0];
-    let big = facts
+    let is_big = facts
         .matrices
         .iter()
         .any(|m| m.m_size == 16 && m.k_size == 16);
-    let side = if big { 16 } else { 8 };
-    // Subgroups, matrices of rows, keys of a tile, matrices of keys at a time, ahead.
-    let tiles = [
-        (8, 1, 32, 2, true),
-        (8, 1, 32, 2, false),
-        (8, 1, 16, 1, true),
-        (4, 1, 32, 2, true),
-        (8, 2, 16, 1, true),
-        (8, 2, 16, 1, false),
-        (4, 2, 16, 1, true),
-        (4, 2, 16, 1, false),
-        (4, 2, 32, 2, true),
-        (4, 2, 32, 2, false),
-        (4, 1, 64, 4, true),
-    ];
+    let side = if is_big { 16 } else { 8 };
     let dims = std::env::var("SWEEP_DIMS").unwrap_or_else(|_| "128,64".to_owned());
     for head_dim in dims.split(',').filter_map(|dim| dim.parse().ok()) {
         let len = setting("SWEEP_LEN", 8192.0);
@@ -172,70 +183,100 @@ fn sweep() {
             reason = "small"
         )]
         let tensors = Tensors::new(&gpu, Shape::mha(1, 32, len as usize, head_dim)).unwrap();
-        let mut best: Option<(f64, MatrixTile)> = None;
         // In rounds: other work on the device comes and goes.
         let mut rows = Vec::new();
-        for (subgroups, row_mats, key_tile, key_step, ahead) in tiles {
+        for candidate in candidates(head_dim) {
+            let &(subgroups, row_mats, key_tile, chains, double) = candidate;
             let tile = MatrixTile {
                 side,
                 lanes,
                 subgroups,
                 row_mats: row_mats * lanes.max(16) / (2 * side),
                 key_tile: key_tile * side / 16,
-                key_step,
-                q_resident: true,
-                staged: true,
-                ahead,
+                double,
+                subgroup_order: facts.features.contains(Features::SUBGROUP_BARRIER),
+                chains,
                 vector_items: facts.vector_items,
                 channels: crate::memory::index(head_dim as u64).next_multiple_of(16),
             };
-            let room = tile.workgroup_bytes(false);
+            let room = tile.workgroup_bytes(true);
             if room > facts.limits.max_compute_workgroup_storage_size {
                 continue;
             }
             let kernel = AttendKernel::Matrix(tile);
             let forced = gpu.with(|context| context.forced = Some(Forced::Kernel(kernel)));
             let name = format!(
-                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} n{key_step} a{} {room} bytes",
-                u8::from(ahead)
+                "d{head_dim} w{subgroups} m{row_mats} k{key_tile} c{chains} d{} {room} bytes",
+                u8::from(double),
             );
-            rows.push((name, tile, forced, String::new()));
+            let wrong = [false, true].map(|causal| {
+                let error = error(&forced, head_dim, &Recipe::SAGE1_B, causal);
+                error.map_or_else(
+                    |error| error.to_string(),
+                    |(o, lse)| format!("{o:.6}/{lse:.6}"),
+                )
+            });
+            rows.push((
+                format!("{name}: {}", wrong.join(" ")),
+                forced,
+                [[0.0f64; 2]; 2],
+            ));
         }
-        for round in 0..4 {
-            for (_, tile, forced, line) in &mut rows {
-                if late() {
-                    break;
+        for _ in 0..3 {
+            if let Some((_, forced, _)) = rows.first() {
+                // An idle device takes half a second to raise its clock.
+                let warm = Instant::now();
+                while warm.elapsed() < Duration::from_millis(600) && !late() {
+                    let _ = tensors.time(forced, &Recipe::SAGE1_B, false);
                 }
-                if round == 0 {
-                    let wrong = error(forced, head_dim, &Recipe::SAGE1_B, false);
-                    *line += &format!("{:.6?}", wrong.map(|(o, _)| o));
-                }
-                match tensors.time(forced, &Recipe::SAGE1_B, false) {
-                    Ok([tops, all]) => {
-                        *line += &format!(" {tops:.0} ({all:.0})");
-                        if best.is_none_or(|(best, _)| tops > best) {
-                            best = Some((tops, *tile));
-                        }
+            }
+            for (name, forced, best) in &mut rows {
+                for causal in [false, true] {
+                    if late() {
+                        break;
                     }
-                    Err(error) => *line += &format!(" {error}"),
+                    match tensors.time(forced, &Recipe::SAGE1_B, causal) {
+                        Ok(tops) => {
+                            let best = &mut best[usize::from(causal)];
+                            *best = [best[0].max(tops[0]), best[1].max(tops[1])];
+                        }
+                        Err(error) => *name += &format!(" {error}"),
+                    }
                 }
             }
         }
-        for (name, _, _, line) in &rows {
-            println!("{name}: {line}");
+        // How many workgroups a multiprocessor of an H100 holds: one for each, and two for each.
+        for (name, forced, _) in &mut rows {
+            let Some(Forced::Kernel(AttendKernel::Matrix(tile))) = forced.context.forced else {
+                continue;
+            };
+            let rate = |waves: usize| {
+                let shape = Shape {
+                    batch: 1,
+                    q_heads: 132 * waves,
+                    kv_heads: 4,
+                    q_len: tile.rows() as usize,
+                    kv_len: 8192,
+                    head_dim,
+                };
+                let rate = tensors.time_of(shape, forced, &Recipe::SAGE1_B, false);
+                rate.map_or(0.0, |[tops, _]| tops)
+            };
+            if !late() {
+                *name += &format!(
+                    " one wave {:.0}, two {:.0}, three {:.0}",
+                    rate(1),
+                    rate(2),
+                    rate(3)
+                );
+            }
         }
-        let Some((_, tile)) = best else {
-            println!("none is right");
-            continue;
-        };
-        let forced =
-            gpu.with(|context| context.forced = Some(Forced::Kernel(AttendKernel::Matrix(tile))));
-        println!(
-            "best {tile:?}: causal {:.1?}, {:.6?}; token {:.1?}, {:.6?}",
-            tensors.time(&forced, &Recipe::SAGE1_B, true),
-            error(&forced, head_dim, &Recipe::SAGE1_B, true),
-            tensors.time(&forced, &Recipe::SAGE1_T, false),
-            error(&forced, head_dim, &Recipe::SAGE1_T, true),
-        );
+        for (name, _, [full, causal]) in &rows {
+            println!(
+                "{name}: full {:.1} ({:.1}) causal {:.1} ({:.1})",
+                full[0], full[1], causal[0], causal[1]
+            );
+        }
     }
+    println!("{:.1} s", start.elapsed().as_secs_f64());
 }
