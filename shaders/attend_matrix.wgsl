@@ -574,8 +574,6 @@ fn main(
 //# if K_UNIFORM
             tile_scale = next_scale;
             next_scale = k_scale(kv_pair, key + KEY_TILE);
-//# end
-//# if K_UNIFORM
 //# else
             for (var i = lane; i < TILE_QUADS; i += THREADS) {
                 let n = key + KEY_TILE + 4u * i;

@@ -11,7 +11,7 @@
 //   0  m is lazy. e4m3 keeps its relative precision over 15 binades below 448, so m need not be the maximum: it only has to keep P in range. It is
 //      set 3 below the maximum of the row's first tile and moves when a thread's sum of P exceeds 448: P >= 0, so a sum that does not is proof that
 //      no P saturates. The maximum, its shuffles and the rescaling of O leave the loop; the rare tile takes its exponentials twice. O divides by that
-//      sum, in f32. A few per cent more error, a tenth less time (docs/kernels/attn_i8_f8_sm90.md).
+//      sum, in f32. 2 to 5 % more error, up to a tenth less time (docs/kernels/attn_i8_f8_sm90.md).
 #pragma once
 #include "attn/mask.cuh"
 #include "attn/quad.cuh"
@@ -24,8 +24,8 @@ constexpr float P_START_LOG2 = RUNNING_MAX ? 8.f : 3.f;
 constexpr float SAFE_SUM = LARGEST_E4M3;
 /// Lazy reference: how far it moves for a row whose sum was not safe although its maximum has not grown.
 constexpr float REFERENCE_STEP = 2.f;
-/// Lazy reference: no P above it when a tile is taken again. That of 448, so that the sum and e4m3 hold the same, and that rows which need not move
-/// keep theirs.
+/// Lazy reference: no P above it when a tile is taken again. log2 of 448, where e4m3 saturates: the sum then counts P as e4m3 holds it, and rows of the
+/// warp whose sums were safe get the same P again.
 constexpr float P_LIMIT_LOG2 = 8.8073549f;
 /// m of a row that has seen no key. Finite, so that no difference of two references is NaN.
 constexpr float NO_REFERENCE = -3e38f;

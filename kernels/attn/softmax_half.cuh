@@ -74,14 +74,14 @@ DEVICE Shrink move_references(RowState& rows, const float (&top)[2], Exponents e
     Shrink shrink{true, {1.f, 1.f}};
     // The maximum of the quad takes four shuffles, which the next exponential waits for, and multiplying O a twelfth of the loop's instructions.
     if constexpr (STALE > 0) {
-        shrink.moved = any_lane(top[0] > rows.reference[0] + exponents.slack || top[1] > rows.reference[1] + exponents.slack);
+        shrink.moved = any_lane(top[0] - rows.reference[0] > exponents.slack || top[1] - rows.reference[1] > exponents.slack);
     }
     if (!shrink.moved) return shrink;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         const float maximum = quad_max(top[row]);
         const float before = rows.reference[row];
-        const float after = STALE == 0 ? fmaxf(before, maximum) : maximum > before + exponents.slack ? maximum : before;
+        const float after = STALE == 0 ? fmaxf(before, maximum) : maximum - before > exponents.slack ? maximum : before;
         shrink.by[row] = exp2_approx((before - after) * exponents.c);
         rows.reference[row] = after;
         rows.sum[row] *= shrink.by[row];

@@ -55,7 +55,8 @@ constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
 /// Q K^T is issued behind the last tile as well, which is cheaper than a branch among the GEMMs. Not where the running maximum is to give LSE, too: there
 /// is no register left for what the compiler then keeps longer.
 constexpr bool QK_BEHIND_LAST = !(RUNNING_MAX && LSE);
-/// Tiles that T takes in before it is added to O, where they are apart. Up to 16 no error was seen to come of it with these P, which stay near 2^3.
+/// Tiles that T takes in before it is added to O, where they are apart. The tensor core keeps fewer bits than f32; up to 16 tiles no error was seen to
+/// come of that here (docs/kernels/attn_i8_f8_sm90.md).
 constexpr int TILES_OF_PARTIAL = 4;
 
 using StageRing = Ring<STAGES>;
@@ -64,7 +65,8 @@ using StageCursor = Cursor<STAGES>;
 constexpr int WORK_SLOTS = 2;
 using WorkRing = Ring<WORK_SLOTS>;
 using WorkCursor = Cursor<WORK_SLOTS>;
-/// A warpgroup's slab of Q, when it carries V's mean residuals. Every thread on either side arrives for itself: once a work that costs nothing.
+/// A warpgroup's slab of Q, when it carries V's mean residuals. Every thread on either side arrives for itself, which orders its own reads
+/// and writes; once a work, that costs nothing.
 using ResidualRing = Ring<1>;
 
 /// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left. A row below 0 is no row, like one past the last.
@@ -118,7 +120,7 @@ DEVICE Work decode_work(const AttnParams& params, u32 index) {
     return work;
 }
 
-/// Tiles that rows [row, row + ROWS) see at least one key of, or that the last row of the head does.
+/// Tiles that rows [row, row + ROWS) see at least one key of. Rows past the head's last do not count.
 DEVICE int visible_tiles(const AttnParams& params, i32 row) {
     if (row < 0) return 0;
     const u32 last_row = min(static_cast<u32>(row) + ROWS, params.q_len) - 1;
@@ -324,12 +326,13 @@ DEVICE float load_q(const AttnParams& params, const Work& work, i32 first_row, u
 DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_row, u32 v_scales, u32 residuals, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
     const int lane = threadIdx.x % 32;
     u8* o_row[2];
-    float any[2], normalize[2];
+    bool any[2];
+    float normalize[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const float sum = RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
-        any[h] = sum > 0.f ? 1.f : 0.f;
-        normalize[h] = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+        any[h] = sum > 0.f;
+        normalize[h] = any[h] ? __fdividef(1.f, sum) : 0.f;
         o_row[h] = query_row(params, params.o, params.o_stride, work, first_row + row_of_thread(h));
     }
 #pragma unroll
@@ -347,7 +350,10 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
-                x[i] = fmaf(sum, normalize[h], any[h] * residual[i / 2][i % 2]) * scale[i / 2][i % 2];
+                float o = fmaf(sum, normalize[h], any[h] ? residual[i / 2][i % 2] : 0.f);
+                // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there. By comparisons: NaN passes.
+                o = o > LARGEST_E4M3 ? LARGEST_E4M3 : o < -LARGEST_E4M3 ? -LARGEST_E4M3 : o;
+                x[i] = o * scale[i / 2][i % 2];
             }
             store_32_columns(IN_T{}, o_row[h], x, column, params.head_dim, lane);
         }

@@ -1,7 +1,7 @@
 // A ring of shared-memory stages between the warp that fills them and the warps that read them.
 //
-// Each stage has two barriers. `full` ends a phase when the producer has announced its bytes and they have landed; `empty` when every reading warp
-// has arrived. Both sides walk the ring with a Cursor; the parity flips on each lap.
+// Each stage has two barriers. `full` ends a phase when the producer has announced its bytes and they have landed; `empty` when as many
+// readers have arrived as `init` was told. Both sides walk the ring with a Cursor; the parity flips on each lap.
 #pragma once
 #include "ptx/mbarrier.cuh"
 
@@ -31,7 +31,7 @@ struct Ring {
     DEVICE u32 empty(u32 stage) const {
         return barriers + 8 * (stages + stage);
     }
-    /// By one thread, before any use.
+    /// By one thread, before any use. `readers`, `writers`: arrivals that end a phase.
     DEVICE void init(u32 readers, u32 writers = 1) const {
         for (u32 stage = 0; stage < stages; ++stage) {
             mbarrier_init(full(stage), writers);
@@ -51,7 +51,8 @@ struct Ring {
     DEVICE void wait(Cursor<stages> at) const {
         mbarrier_wait(full(at.stage), at.parity);
     }
-    /// Reader: gives the stage back; one lane of each reading warp, after the warp's last read has ended.
+    /// Reader: gives the stage back; one lane of each reading warp, after the warp's last read has ended, or each thread
+    /// where `init` counted threads.
     DEVICE void release(Cursor<stages> at, bool elected) const {
         if (elected) mbarrier_arrive(empty(at.stage));
     }

@@ -33,14 +33,15 @@ pub(crate) struct Machine {
     pub(crate) row_maximum: Option<RowMaximum>,
 }
 
-/// How `sage2-i8-f8` keeps the maximum of a row of scores, below which P is held.
+/// How `sage2-i8-f8` keeps a row's maximum, which P is relative to.
 ///
 /// Softmax is exact either way; what differs is the scale at which P is rounded to e4m3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowMaximum {
-    /// Follows the scores tile by tile (`FlashAttention`, 2205.14135, section 3.1): the largest weight of a row is held exactly.
+    /// Follows the scores tile by tile (`FlashAttention`, 2205.14135, section 3.1): the largest weight of
+    /// a row is held exactly.
     Running,
-    /// Goes stale until P is about to leave e4m3's range. Faster, and 1 to 4 % more error.
+    /// Goes stale until P is about to leave e4m3's range. Up to a tenth faster, and 2 to 5 % more error.
     Lazy,
 }
 
@@ -48,10 +49,10 @@ impl RowMaximum {
     pub(crate) const NAMED: [(&str, Self); 2] = [("lazy", Self::Lazy), ("running", Self::Running)];
 }
 
-/// Few keys: the running maximum is as fast (a row's maximum is still moving), and where few weights
-/// dominate a row, as they do in short rows of trained models, holding the largest exactly is worth most.
-/// Beyond, the lazy one takes 2 to 10 % less time on an H100; with V's residuals added back it stays
-/// within the recipe's bounds (`docs/kernels/attn_i8_f8_sm90.md`).
+/// Few keys: the running maximum is as fast or faster (a row's maximum is still moving), and where few
+/// weights dominate a row, as they do in short rows of trained models, holding the largest exactly is worth
+/// most. Beyond, the lazy one takes up to a tenth less time on an H100; with V's residuals added back it
+/// stays within the recipe's bounds (`docs/kernels/attn_i8_f8_sm90.md`).
 const fn row_maximum(kv_len: u32) -> RowMaximum {
     if kv_len <= 1024 {
         RowMaximum::Running

@@ -16,8 +16,8 @@ struct Times {
     prepare: u64,
 }
 
-/// H100, 4 x 32 heads, both families in one run: the slopes of times between 1K and 4K keys (head_dim 256:
-/// of attention at 16K). `docs/results/h100.md`.
+/// H100, 4 x 32 heads, both families in one run (`docs/results/h100.md`): the slopes of times between 1K and
+/// 4K keys. At 256 attention at 16K, and preparation at 4K in another run.
 const TIMES: [Times; 3] = [
     Times {
         width: 64,
@@ -41,7 +41,7 @@ const TIMES: [Times; 3] = [
 
 /// Femtoseconds that quantizing takes beside its slopes: another launch, and works that start with Q to be
 /// quantized. Fitted to where the two families cross in that run.
-const LAUNCHES: u64 = 20_000_000_000;
+const QUANTIZING: u64 = 20_000_000_000;
 
 /// The recipe that computes this problem fastest: quantizing pays once enough queries share each key.
 pub(crate) fn preferred(problem: &Problem) -> Recipe {
@@ -59,7 +59,7 @@ pub(crate) fn preferred(problem: &Problem) -> Recipe {
     let keys = (shape.batch * shape.kv_heads) as u64 * shape.kv_len as u64;
     // Products of two 64-bit numbers.
     let cost = |each: u64, count: u64| u128::from(each) * u128::from(count);
-    let preparing = u128::from(LAUNCHES) + cost(times.prepare, keys);
+    let preparing = u128::from(QUANTIZING) + cost(times.prepare, keys);
     match preparing + cost(times.quantized, pairs) < cost(times.half, pairs) {
         true => Recipe::SAGE2_I8_F8,
         false => Recipe::HALF,

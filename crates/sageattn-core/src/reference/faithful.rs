@@ -428,7 +428,12 @@ impl OnlineSoftmax {
         let sums = self.out.iter().zip(&values.scales).enumerate();
         for (result, (channel, (sum, scale))) in out.iter_mut().zip(sums) {
             let rounded_off = residual.map_or(0.0, |(sums, keys)| sums[channel] / keys);
-            *result = (sum / divisor + rounded_off) * scale;
+            let mut rounded_back = sum / divisor + rounded_off;
+            if pv == PvQuant::E4m3 {
+                // Not a weighted mean of codes any more; O's type may end where V does.
+                rounded_back = rounded_back.clamp(-e4m3::MAX, e4m3::MAX);
+            }
+            *result = rounded_back * scale;
         }
     }
 
@@ -518,6 +523,25 @@ mod tests {
                 "{plain} {lazy}"
             );
         }
+    }
+
+    /// One key has all the weight and V's largest magnitude; the others, which e4m3 rounds down by 15.9 of
+    /// 448, pull the mean residual up.
+    #[test]
+    fn v_residuals_do_not_lift_o_out_of_the_range_of_v() {
+        let shape = Shape {
+            kv_len: 100,
+            ..Shape::mha(1, 1, 1, 1)
+        };
+        let problem = Problem::new(shape, DType::F32).unwrap();
+        let problem = problem.with_softmax_scale(1.0).unwrap();
+        let (mut k, mut v) = ([0.0; 100], [431.9; 100]);
+        k[3] = 50.0;
+        v[3] = 448.0;
+        let recipe = Recipe::SAGE2_I8_F8;
+        let rounding = Rounding::of(&recipe);
+        let got = attend(&problem, &recipe, &rounding, [&[1.0], &k, &v]);
+        assert_eq!(got.out, [448.0]);
     }
 
     #[test]
