@@ -525,6 +525,26 @@ mod tests {
         }
     }
 
+    /// Causal, so that rows take what belongs to the tiles that they see.
+    #[test]
+    fn v_residuals_take_away_error() {
+        let problem = Problem::new(Shape::mha(1, 1, 400, 16), DType::F32).unwrap();
+        let problem = problem.with_mask(Mask::Causal(Align::TopLeft));
+        let tensors = [1, 2, 3].map(|seed| noise(seed, 400, 16, 400));
+        let tensors = tensors.each_ref().map(|tensor| &tensor[..]);
+        let recipe = Recipe::SAGE2_I8_F8;
+        let mut prepared = Prepared::new(&problem, &recipe, tensors);
+        let exact = exact::attend(&problem, tensors).out;
+        let error = |prepared: &Prepared<'_>| {
+            let out = prepared.attend(&Rounding::of(&recipe)).out;
+            Metrics::compare(&out, &exact).rel_l1
+        };
+        let with = error(&prepared);
+        prepared.values[0].residual_sums.clear();
+        let without = error(&prepared);
+        assert!(with < 0.9 * without, "{with} {without}");
+    }
+
     /// One key has all the weight and V's largest magnitude; the others, which e4m3 rounds down by 15.9 of
     /// 448, pull the mean residual up.
     #[test]
