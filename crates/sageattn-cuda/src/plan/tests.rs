@@ -180,10 +180,10 @@ fn few_keys_follow_their_maximum() {
         choice.attend.running_max
     };
     assert!(of(1, None));
-    assert!(of(1024, None));
-    assert!(!of(1025, None));
-    assert!(!of(1024, Some(RowMaximum::Lazy)));
-    assert!(of(1025, Some(RowMaximum::Running)));
+    assert!(of(1023, None));
+    assert!(!of(1024, None));
+    assert!(!of(1023, Some(RowMaximum::Lazy)));
+    assert!(of(1024, Some(RowMaximum::Running)));
 }
 
 #[test]
