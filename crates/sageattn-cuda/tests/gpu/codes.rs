@@ -313,7 +313,8 @@ impl<'a> Codes<'a> {
                 // Rows of 128 keys, swizzled; of each 16 keys, the two halves' pairs alternate.
                 let place = within % 8 / 2 * 4 + within % 16 / 8 * 2 + within % 2;
                 // Of 32 channels, the eight of an octet are pairs of rows, eight apart.
-                let row = channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
+                let row =
+                    channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
                 let byte = TILE * row + 16 * ((within / 16) ^ (row % 8)) + place;
                 let code = e4m3(self.v_tiles[(head * tiles + tile) * TILE * width + byte]);
                 let x = at(key) / scale;
