@@ -21,6 +21,7 @@
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax.cuh"
+#include "attn/softmax_u8.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/wgmma.cuh"
 #include "quant/q_rows.cuh"
@@ -52,9 +53,12 @@ using Partial = i32[PANEL_WORDS];
 
 /// S and T have registers of their own, so that both GEMMs of a step are under way together.
 constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
+static_assert(RUNNING_MAX || !INT8_PV, "u8 P is relative to its tile's maximum");
 /// Q K^T is issued behind the last tile as well, which is cheaper than a branch among the GEMMs. Not where the running maximum is to give LSE, too: there
 /// is no register left for what the compiler then keeps longer.
 constexpr bool QK_BEHIND_LAST = !(RUNNING_MAX && LSE);
+/// Whether warpgroups take turns.
+constexpr bool TURNS = !APART && !INT8_PV;
 /// Tiles that T takes in before it is added to O, where they are apart. The tensor core keeps fewer bits than f32; up to 16 tiles no error was seen to
 /// come of that here (docs/kernels/attn_i8_f8_sm90.md).
 constexpr int TILES_OF_PARTIAL = 4;
@@ -160,7 +164,11 @@ DEVICE void multiply_pv(Partial& partial, const u32 (&p)[16], u64 v, bool more =
     const auto multiply = [&](auto slice) {
         constexpr int n = decltype(slice)::value;
         const u64 keys = descriptor_at(v, slice_offset<PANEL, TILE_KEYS>(n));
-        wgmma_k32_e4m3(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0 || more);
+        if constexpr (INT8_PV) {
+            wgmma_k32_u8(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0);
+        } else {
+            wgmma_k32_e4m3(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0 || more);
+        }
     };
     static_assert(TILE_KEYS == 4 * 32, "four slices");
     multiply(Constant<0>{});
@@ -330,7 +338,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
     float normalize[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float sum = RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
+        const float sum = INT8_PV ? quad_sum(rows.sum[h]) : RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
         any[h] = sum > 0.f;
         normalize[h] = any[h] ? __fdividef(1.f, sum) : 0.f;
         o_row[h] = query_row(params, params.o, params.o_stride, work, first_row + row_of_thread(h));
@@ -342,7 +350,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
         for (int i = 0; i < 4; ++i) {
             const u32 at = (column + 8 * i + 2 * (lane % 4)) * sizeof(float);
             load_shared_8_bytes(scale[i], v_scales + at);
-            load_shared_8_bytes(residual[i], residuals + at);
+            if constexpr (V_RESIDUALS) load_shared_8_bytes(residual[i], residuals + at);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -350,9 +358,9 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
-                float o = fmaf(sum, normalize[h], any[h] ? residual[i / 2][i % 2] : 0.f);
+                float o = fmaf(sum, normalize[h], !any[h] ? 0.f : V_RESIDUALS ? residual[i / 2][i % 2] : -V_OFFSET);
                 // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there. By comparisons: NaN passes.
-                o = o > LARGEST_E4M3 ? LARGEST_E4M3 : o < -LARGEST_E4M3 ? -LARGEST_E4M3 : o;
+                o = o > LARGEST_V ? LARGEST_V : o < -LARGEST_V ? -LARGEST_V : o;
                 x[i] = o * scale[i / 2][i % 2];
             }
             store_32_columns(IN_T{}, o_row[h], x, column, params.head_dim, lane);
@@ -368,7 +376,7 @@ DEVICE void store_lse(const AttnParams& params, const Work& work, i32 first_row,
         const u32 row = first_row + row_of_thread(h);
         const float sum = quad_sum(rows.unrounded[h]);
         const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row), lane);
-        const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
+        const float logarithm = sum > 0.f ? (rows.reference[h] + (log2_approx(sum) - UNROUNDED_LOG2)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
         if (row < params.q_len && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
     }
 }
@@ -381,7 +389,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
     const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
     const u64 ones = operand_descriptor<32>(pipeline.shared + ONES_AT);
-    const Turns<CONSUMERS, !APART> turns{static_cast<u32>(warpgroup)};
+    const Turns<CONSUMERS, TURNS> turns{static_cast<u32>(warpgroup)};
     const ResidualRing residual_ring = pipeline.residual(warpgroup);
     StageCursor k_at, v_at;
     WorkCursor work_at;
@@ -407,8 +415,12 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         float multiplier = 0.f;
+        // INT8_PV: whether a logit of this warp's may be so large that P must be kept in range.
+        bool may_be_coarse = false;
         // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where that is rare.
         float shrink[2] = {1.f, 1.f};
+        // INT8_PV: by which the tile's T is multiplied.
+        float weight[2];
 
         const auto issue_qk = [&]() {
             wgmma_fence();
@@ -417,11 +429,13 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         };
         const auto k_multiplier = [&]() {
             const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
-            return fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
+            const float c = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
+            if constexpr (INT8_PV) may_be_coarse = any_lane(c > LARGEST_FINE_MULTIPLIER);
+            return c;
         };
         const auto add_pv = [&](const u32 (&p)[16], auto panel) {
             constexpr int n = decltype(panel)::value;
-            constexpr bool with_sums = RUNNING_MAX && n == PANELS - 1;
+            constexpr bool with_sums = RUNNING_MAX && !INT8_PV && n == PANELS - 1;
             i32 sums[4];
             wgmma_fence();
             if constexpr (with_sums) multiply_p_ones(sums, p, ones);
@@ -434,7 +448,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             for (int i = 0; i < PANEL_WORDS; ++i) {
                 float& sum = output[n * PANEL_WORDS + i];
                 const float addend = __int_as_float(partial[i]);
-                sum = RUNNING_MAX ? fmaf(sum, shrink[fragment_row(i)], addend) : sum + addend;
+                const int row = fragment_row(i);
+                sum = INT8_PV ? fmaf(addend, weight[row], sum) : RUNNING_MAX ? fmaf(sum, shrink[row], addend) : sum + addend;
             }
             if constexpr (with_sums) {
 #pragma unroll
@@ -474,7 +489,24 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             float unrounded[2];
             Logits logits;
             if constexpr (is_masked) last_columns(last, tile);
-            if constexpr (RUNNING_MAX) {
+            if constexpr (INT8_PV) {
+                i32 top[2];
+                largest_scores<is_masked>(top, scores, last);
+                scores_to_float(logits, scores);
+                const TileMaximum maximum{largest_logit<is_masked>(to_float(top[0]), multiplier), largest_logit<is_masked>(to_float(top[1]), multiplier)};
+                u32 sums[2];
+                if (may_be_coarse && any_lane(maximum.is_coarse())) {
+                    exponentials_u8<is_masked, true>(p, sums, unrounded, logits, multiplier, maximum, last);
+                } else {
+                    exponentials_u8<is_masked, false>(p, sums, unrounded, logits, multiplier, maximum, last);
+                }
+                if (any_lane(maximum.is_far(rows))) {
+                    maximum.raise_reference(shrink, rows);
+#pragma unroll
+                    for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
+                }
+                add_sums(rows, weight, maximum, sums, unrounded);
+            } else if constexpr (RUNNING_MAX) {
                 i32 top[2];
                 largest_scores<is_masked>(top, scores, last);
                 scores_to_float(logits, scores);
@@ -499,7 +531,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         // QK_BEHIND_LAST: behind the last tile Q meets what lies in K's stage, and nobody reads the scores.
         const auto attend_tile = [&](auto masked, int tile) {
             const bool more = tile + 1 < own_tiles;
-            if (!more) residual_ring.release({}, true);
+            if (V_RESIDUALS && !more) residual_ring.release({}, true);
             u32 p[16];
             softmax(masked, p, tile);
             v_ring.wait(v_at);
@@ -555,7 +587,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 scores_to_float(logits, scores);
                 raise(Masked{}, {true, true}, logits, last);
             }
-        } else {
+        } else if constexpr (V_RESIDUALS) {
             residual_ring.release({}, true);
         }
         int tile = 0;
@@ -581,14 +613,19 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const Work done = work_in_slot(pipeline, work_at);
         // LSE first: it reads Q again, and O takes the registers that it needs.
         if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
-        residual_ring.wait({0, residual_parity(work_at)});
+        if constexpr (V_RESIDUALS) residual_ring.wait({0, residual_parity(work_at)});
         store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES, slab, output, rows);
         pipeline.work().release(work_at, elected);
     }
     turns.close();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {
+#if INT8_PV
+#define ENTRY attn_i8_i8_sm90
+#else
+#define ENTRY attn_i8_f8_sm90
+#endif
+extern "C" __global__ void __launch_bounds__(THREADS, 1) ENTRY(const __grid_constant__ AttnParams params) {
     extern __shared__ __align__(1024) u8 dynamic_shared[];
     const Pipeline pipeline{shared_address(dynamic_shared)};
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
@@ -611,7 +648,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const _
         release_registers_down_to<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 4;
         if (threadIdx.x == CONSUMERS * WARPGROUP) produce(params, pipeline);
-        if (warp == 1) average_residuals(params, pipeline);
+        if (V_RESIDUALS && warp == 1) average_residuals(params, pipeline);
     } else {
         take_registers_up_to<CONSUMER_REGISTERS>();
         consume(params, pipeline, warpgroup);

@@ -25,6 +25,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
 #include "quant/residual.cuh"
+#include "quant/v_codes.cuh"
 #include "tile/elements.cuh"
 #include "tile/swizzle.cuh"
 
@@ -296,13 +297,16 @@ DEVICE void encode_v(const PrepareParams& params, const Shared& shared, u32 slot
             const float by = shared.of_head[octet * OCTET + e];
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i][e] *= by;
-            const u32 word = pack_e4m3(x[0][e], x[1][e], x[2][e], x[3][e]);
+            const u32 word = encode_four_v(x[0][e], x[1][e], x[2][e], x[3][e]);
             store_4_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(octet * OCTET + e, lane * 4), word);
-            of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
+            if constexpr (V_RESIDUALS) of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
         }
+        if constexpr (V_RESIDUALS) {
 #pragma unroll
-        for (int pair = 0; pair < OCTET / 2; ++pair) residual[part * OCTET / 2 + pair] = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
+            for (int pair = 0; pair < OCTET / 2; ++pair) residual[part * OCTET / 2 + pair] = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
+        }
     }
+    if constexpr (!V_RESIDUALS) return;
     constexpr u32 PAIRS = V_OCTETS * OCTET / 2, SHARERS = 32 / PAIRS;
     float sum[2];
     unpack_f16(sum_over_warp(residual), sum[0], sum[1]);
@@ -400,7 +404,7 @@ struct Block {
             LargestOfKeys statistic;
             collect(statistic);
             exchange(statistic, rank, parity, [&](float amax, u32 channel, bool writes) {
-                const Scale scale = scale_from_amax(amax, LARGEST_E4M3);
+                const Scale scale = v_scale_from_amax(amax);
                 if (writes) params.v_scales[row + channel] = scale.value;
                 return scale.inverse;
             });
