@@ -106,8 +106,8 @@ class Kernel:
 def attention(head_dim, causal, running):
     """The variant that a plan chooses (`tile` in crates/sageattn-cuda/src/plan.rs)."""
     consumers = 2 if head_dim == 256 else 3
-    stages = {64: 6, 128: 5, 256: 3}[head_dim]
-    shared = consumers * (64 * head_dim + 16) + stages * (256 * head_dim + 48) + 256 + 64 + 8 * head_dim
+    stages = {64: 6, 128: 5, 256: 2}[head_dim]
+    shared = consumers * (68 * head_dim + 16) + stages * (256 * head_dim + 48) + 16 * head_dim + 384
     constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, RUNNING_MAX=int(running), CONSUMERS=consumers, STAGES=stages)
     return Kernel("sm90/attn_i8_f8.cu", "attn_i8_f8_sm90", shared, **constants)
 

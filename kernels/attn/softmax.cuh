@@ -95,6 +95,12 @@ DEVICE void follow_maximum(float (&shrink)[2], RowState& rows, const i32 (&top)[
     }
 }
 
+/// Lazy reference: from the maximum of a row's first tile. Never NaN, as no reference is.
+DEVICE void first_reference(RowState& rows, const i32 (&top)[2], float c) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) rows.reference[row] = fmaxf(sub_round_down(largest_logit<true>(to_float(top[row]), c), P_START_LOG2), NO_REFERENCE);
+}
+
 /// Lazy reference: moves those that `must` move to P_START_LOG2 below the maximum of this tile, or where that is no higher (P is small, but there is
 /// much of it) two binades up, where the sum is a quarter; sums shrink, and O has to, by `shrink`.
 template <bool masked>

@@ -104,6 +104,29 @@ DEVICE u32 pack_f16(float a, float b) {
     return word;
 }
 
+/// The largest finite number where x is infinite; NaN stays. PTX ISA 9.7.3.11 and 12, min and max.
+DEVICE float limit_to_finite(float x) {
+    float y;
+    asm("{ .reg .f32 upper;\n"
+        "min.NaN.f32 upper, %1, 0f7f7fffff;\n"
+        "max.NaN.f32 %0, upper, 0fff7fffff; }"
+        : "=f"(y)
+        : "f"(x));
+    return y;
+}
+
+/// The same as pack_f16, with the largest finite number where it would be infinity; NaN stays. PTX ISA 9.7.9.21, cvt.
+DEVICE u32 pack_finite_f16(float a, float b) {
+    u32 word;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(a), "f"(b));
+    return word;
+}
+DEVICE u32 pack_finite_bf16(float a, float b) {
+    u32 word;
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(a), "f"(b));
+    return word;
+}
+
 /// Two bfloat16 in one word, the first in the lower. PTX ISA 9.7.9.21, cvt.
 DEVICE u32 pack_bf16(float a, float b) {
     u32 word;

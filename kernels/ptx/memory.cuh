@@ -27,6 +27,11 @@ DEVICE void load_floats(float (&value)[2], const float* from) {
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "l"(from));
 }
 
+/// Brings the line of an address to L2. PTX ISA 9.7.9.16, prefetch.
+DEVICE void prefetch_to_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 /// PTX ISA 9.7.9.12, st.
 DEVICE void store_16_bytes(void* to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -72,6 +77,14 @@ DEVICE void load_matrices(u32 (&word)[4], u32 row) {
 /// PTX ISA 9.7.9.8, ld.
 DEVICE void load_shared_8_bytes(float (&value)[2], u32 from) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "r"(from) : "memory");
+}
+
+/// PTX ISA 9.7.9.8, ld.
+DEVICE void load_shared_floats(float (&value)[4], u32 from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+                 : "r"(from)
+                 : "memory");
 }
 
 /// PTX ISA 9.7.9.8, ld.

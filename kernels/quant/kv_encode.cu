@@ -198,7 +198,7 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
         const int chunk = at % 8;
         u32 word[4];
         load_shared_16_bytes(word, shared_address(&turned[channel][(chunk ^ channel / OCTET % 8) * 4]));
-        store_16_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(channel, chunk * 16), word[0], word[1], word[2], word[3]);
+        store_16_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(row_of_channel(channel), chunk * 16), word[0], word[1], word[2], word[3]);
     }
 }
 

@@ -54,9 +54,6 @@ using Partial = i32[PANEL_WORDS];
 /// S and T have registers of their own, so that both GEMMs of a step are under way together.
 constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
 static_assert(RUNNING_MAX || !INT8_PV, "u8 P is relative to its tile's maximum");
-/// Q K^T is issued behind the last tile as well, which is cheaper than a branch among the GEMMs. Not where the running maximum is to give LSE, too: there
-/// is no register left for what the compiler then keeps longer.
-constexpr bool QK_BEHIND_LAST = !(RUNNING_MAX && LSE);
 /// Whether warpgroups take turns.
 constexpr bool TURNS = !APART && !INT8_PV;
 /// Tiles that T takes in before it is added to O, where they are apart. The tensor core keeps fewer bits than f32; up to 16 tiles no error was seen to
@@ -65,12 +62,14 @@ constexpr int TILES_OF_PARTIAL = 4;
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
-/// The producer draws work ahead of the consumers.
-constexpr int WORK_SLOTS = 2;
+/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at.
+constexpr int WORK_SLOTS = 4;
+/// Tiles before the end of a work's copies at which the next work is drawn: its Q is then in L2 when it is needed, and blocks still end together.
+constexpr int DRAW_AHEAD = 4;
 using WorkRing = Ring<WORK_SLOTS>;
 using WorkCursor = Cursor<WORK_SLOTS>;
-/// A warpgroup's slab of Q, when it carries V's mean residuals. Every thread on either side arrives for itself, which orders its own reads
-/// and writes; once a work, that costs nothing.
+/// V's mean residuals of a warpgroup's rows. Every thread on either side arrives for itself, which orders its own reads and writes; once a work, that
+/// costs nothing.
 using ResidualRing = Ring<1>;
 
 /// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left. A row below 0 is no row, like one past the last.
@@ -88,15 +87,16 @@ constexpr u32 V_AT = K_AT + STAGES * TILE_BYTES;
 /// 32 keys of eight channels of V that are one everywhere: P times them is the sum of P.
 constexpr u32 ONES_AT = V_AT + STAGES * TILE_BYTES;
 constexpr u32 ONES_BYTES = 8 * 32;
-constexpr u32 SCALES_AT = ONES_AT + ONES_BYTES;
+constexpr u32 RESIDUALS_AT = ONES_AT + ONES_BYTES;
+constexpr u32 CHANNEL_BYTES = HEAD_DIM * sizeof(float);
+constexpr u32 V_SCALES_AT = RESIDUALS_AT + CONSUMERS * CHANNEL_BYTES;
+constexpr u32 WORK_AT = V_SCALES_AT + WORK_SLOTS * CHANNEL_BYTES;
+constexpr u32 SCALES_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
 constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
 constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
 constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
-constexpr u32 WORK_AT = WORK_RING_AT + WorkRing::BYTES;
-constexpr u32 RESIDUAL_RINGS_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
-constexpr u32 V_SCALES_AT = RESIDUAL_RINGS_AT + CONSUMERS * ResidualRing::BYTES;
-constexpr u32 V_SCALE_BYTES = HEAD_DIM * sizeof(float);
-constexpr u32 SHARED_BYTES = V_SCALES_AT + WORK_SLOTS * V_SCALE_BYTES;
+constexpr u32 RESIDUAL_RINGS_AT = WORK_RING_AT + WorkRing::BYTES;
+constexpr u32 SHARED_BYTES = RESIDUAL_RINGS_AT + CONSUMERS * ResidualRing::BYTES;
 static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and copies");
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
 static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
@@ -212,21 +212,29 @@ struct Pipeline {
 DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
     StageCursor at;
     WorkCursor work_at;
-    for (u32 index = blockIdx.x;; index = gridDim.x + atomic_increment(params.next_work, params.works - 1)) {
+    const auto publish = [&](u32 index) {
         const Work work = decode_work(params, index);
         const bool any = work.batch < params.batch;
-        pipeline.work().open(work_at, any ? V_SCALE_BYTES : 0, [&](u32 full) {
+        pipeline.work().open(work_at, any ? CHANNEL_BYTES : 0, [&](u32 full) {
             store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
             if (!any) return;
-            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES;
-            bulk_copy_to_shared(to, params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM, V_SCALE_BYTES, full);
+            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES;
+            bulk_copy_to_shared(to, params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM, CHANNEL_BYTES, full);
         });
-        if (!any) return;
         work_at.advance();
-
+        return work;
+    };
+    u32 index = blockIdx.x;
+    for (Work work = publish(index); work.batch < params.batch;) {
         const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
         const int tiles = tiles_of_work(params, work);
-        for (int tile = 0; tile < tiles; ++tile) {
+        // Once more than there are tiles, so that a work without tiles is followed by another, too.
+        for (int tile = 0; tile <= tiles; ++tile) {
+            if (tile == max(tiles - DRAW_AHEAD, 0)) {
+                index = gridDim.x + atomic_increment(params.next_work, params.works - 1);
+                work = publish(index);
+            }
+            if (tile == tiles) break;
             pipeline.k().open(at, TILE_BYTES + SCALE_BYTES, [&](u32 full) {
                 bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
                 bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
@@ -247,52 +255,10 @@ DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
     return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), static_cast<i32>(__shfl_sync(~0u, word[3], 0))};
 }
 
-/// A slab carries residuals once a work, so its parity changes with each, as the slot of the work does.
-DEVICE u32 residual_parity(WorkCursor at) {
-    static_assert(WORK_SLOTS == 2, "slots alternate");
-    return at.stage;
-}
-
-/// A warp's way through the works: for each warpgroup, what rounding took from V, as a mean over the keys of the tiles that its rows see.
-DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline) {
-    constexpr int CHANNELS = HEAD_DIM / 32;
-    constexpr int VECTOR = CHANNELS < 4 ? CHANNELS : 4;
-    /// Tiles whose loads are in flight together: as many as the producer's few registers hold, and still faster than tiles are multiplied.
-    constexpr int AHEAD = 8 / CHANNELS;
-    const u32 first_channel = threadIdx.x % 32 * VECTOR;
-    WorkCursor work_at;
-    for (;; work_at.advance()) {
-        pipeline.work().wait(work_at);
-        const Work work = work_in_slot(pipeline, work_at);
-        if (work.batch >= params.batch) return;
-        const float* from = params.v_residuals + static_cast<u64>(work.kv_head) * params.tiles * HEAD_DIM + first_channel;
-        float sum[CHANNELS] = {};
-        int tile = 0;
-        for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
-            const int tiles = visible_tiles(params, work.row + warpgroup * ROWS);
-#pragma unroll AHEAD
-            for (; tile < tiles; ++tile, from += HEAD_DIM) {
-#pragma unroll
-                for (int i = 0; i < CHANNELS; i += VECTOR) {
-                    float x[VECTOR];
-                    load_floats(x, from + 32 * i);
-#pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) sum[i + e] += x[e];
-                }
-            }
-            const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
-            const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
-            const ResidualRing ring = pipeline.residual(warpgroup);
-            mbarrier_wait(ring.empty(0), residual_parity(work_at));
-#pragma unroll
-            for (int i = 0; i < CHANNELS; i += 2) {
-                const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
-                const u32 to = pipeline.shared + warpgroup * Q_SLAB + channel * sizeof(float);
-                store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
-            }
-            mbarrier_arrive(ring.full(0));
-        }
-    }
+/// Each work uses the one stage of a warpgroup's residuals once.
+DEVICE Cursor<1> residual_of_work(WorkCursor at) {
+    static_assert(WORK_SLOTS % 2 == 0, "the stage counts works");
+    return {0, at.stage % 2};
 }
 
 /// The part of q . k that smoothing took out of the scores, of which each lane of a quad sums its octets.
@@ -314,19 +280,83 @@ DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&str
     return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
 }
 
+/// Rows of a work's Q towards L2, by a warp: a line a lane.
+DEVICE void prefetch_q(const AttnParams& params, const Work& work) {
+    constexpr int LINE = 128;
+    const u32 bytes = params.head_dim * IN_T::bytes;
+    if (work.batch >= params.batch) return;
+    for (u32 at = threadIdx.x % 32 * LINE;; at += 32 * LINE) {
+        const u32 row = at / (HEAD_DIM * IN_T::bytes), within = at % (HEAD_DIM * IN_T::bytes);
+        if (row >= CONSUMERS * ROWS) return;
+        const u8* const from = query_row(params, params.q, params.q_stride, work, work.row + row);
+        if (from && within < bytes) prefetch_to_l2(from + within);
+    }
+}
+
+/// For each warpgroup, what rounding took from V, as a mean over the keys of the tiles that its rows see, by a warp.
+DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline, const Work& work, WorkCursor work_at) {
+    constexpr int CHANNELS = HEAD_DIM / 32;
+    constexpr int VECTOR = CHANNELS < 4 ? CHANNELS : 4;
+    /// Tiles whose loads are in flight together: as many as the producer's few registers hold, and still faster than tiles are multiplied.
+    constexpr int AHEAD = 8 / CHANNELS;
+    const u32 first_channel = threadIdx.x % 32 * VECTOR;
+    const float* from = params.v_residuals + static_cast<u64>(work.kv_head) * params.tiles * HEAD_DIM + first_channel;
+    float sum[CHANNELS] = {};
+    int tile = 0;
+    for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+        const int tiles = visible_tiles(params, work.row + warpgroup * ROWS);
+#pragma unroll AHEAD
+        for (; tile < tiles; ++tile, from += HEAD_DIM) {
+#pragma unroll
+            for (int i = 0; i < CHANNELS; i += VECTOR) {
+                float x[VECTOR];
+                load_floats(x, from + 32 * i);
+#pragma unroll
+                for (int e = 0; e < VECTOR; ++e) sum[i + e] += x[e];
+            }
+        }
+        const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
+        const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
+        const ResidualRing ring = pipeline.residual(warpgroup);
+        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i += 2) {
+            const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
+            const u32 to = pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES + channel * sizeof(float);
+            store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
+        }
+        mbarrier_arrive(ring.full(0));
+    }
+}
+
+/// A warp's way through the works, ahead of the consumers: Q towards L2, and V's mean residuals.
+DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
+    WorkCursor work_at;
+    for (;; work_at.advance()) {
+        pipeline.work().wait(work_at);
+        const Work work = work_in_slot(pipeline, work_at);
+        if (work.batch >= params.batch) return;
+        prefetch_q(params, work);
+        if constexpr (V_RESIDUALS) average_residuals(params, pipeline, work, work_at);
+    }
+}
+
 /// Row lane / 4 + 8 h of this thread's warp, within its warpgroup.
 DEVICE u32 row_of_thread(int h) {
     return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
 }
 
 /// Q of the warpgroup's rows into its slab; returns what turns a score times a K scale into a base-2 logit.
-DEVICE float load_q(const AttnParams& params, const Work& work, i32 first_row, u32 slab) {
+DEVICE float load_q(const AttnParams& params, const Work& work, int warpgroup, u32 slab) {
     const u8* q_row[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) q_row[h] = query_row(params, params.q, params.q_stride, work, first_row + row_of_thread(h));
+    for (int h = 0; h < 2; ++h) q_row[h] = query_row(params, params.q, params.q_stride, work, work.row + warpgroup * ROWS + row_of_thread(h));
     const float sign = params.softmax_scale < 0.f ? -1.f : 1.f;
-    const float q_scale = quantize_q_rows<IN_T, HEAD_DIM>(slab, threadIdx.x / 32 % 4, threadIdx.x % 32, q_row, params.head_dim, sign);
+    // All warps have read the slab; then, all have written it.
+    named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
+    const float q_scale = quantize_q_rows<IN_T, HEAD_DIM, CONSUMER_REGISTERS / 3>(slab, threadIdx.x / 32 % 4, threadIdx.x % 32, q_row, params.head_dim, sign);
     fence_async_proxy();
+    named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
     return fminf(fabsf(params.softmax_scale) * LOG2_E * q_scale, LARGEST_MULTIPLIER);
 }
 
@@ -345,25 +375,25 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
     }
 #pragma unroll
     for (int column = 0; column < HEAD_DIM; column += 32) {
-        float scale[4][2], residual[4][2];
+        // The order of V's channels gives this lane eight neighbours of 32.
+        const int first = column + lane % 4 * OCTET;
+        float scale[2][4], residual[2][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 at = (column + 8 * i + 2 * (lane % 4)) * sizeof(float);
-            load_shared_8_bytes(scale[i], v_scales + at);
-            if constexpr (V_RESIDUALS) load_shared_8_bytes(residual[i], residuals + at);
+        for (int i = 0; i < 2; ++i) {
+            load_shared_floats(scale[i], v_scales + (first + 4 * i) * sizeof(float));
+            if constexpr (V_RESIDUALS) load_shared_floats(residual[i], residuals + (first + 4 * i) * sizeof(float));
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float x[8];
+            float x[OCTET];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
+            for (int i = 0; i < OCTET; ++i) {
                 const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
-                float o = fmaf(sum, normalize[h], !any[h] ? 0.f : V_RESIDUALS ? residual[i / 2][i % 2] : -V_OFFSET);
-                // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there. By comparisons: NaN passes.
-                o = o > LARGEST_V ? LARGEST_V : o < -LARGEST_V ? -LARGEST_V : o;
-                x[i] = o * scale[i / 2][i % 2];
+                const float addend = V_RESIDUALS ? residual[i / 4][i % 4] : -V_OFFSET;
+                x[i] = fmaf(sum, normalize[h], !CAUSAL || any[h] ? addend : 0.f) * scale[i / 4][i % 4];
             }
-            store_32_columns(IN_T{}, o_row[h], x, column, params.head_dim, lane);
+            // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there.
+            store_finite_octet(IN_T{}, o_row[h], x, first, params.head_dim);
         }
     }
 }
@@ -393,7 +423,26 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const ResidualRing residual_ring = pipeline.residual(warpgroup);
     StageCursor k_at, v_at;
     WorkCursor work_at;
+    Scores scores;
+    // What turns a score times a K scale into a base-2 logit; a score of the current tile.
+    float q_multiplier = 0.f, multiplier = 0.f;
+    // INT8_PV: whether a logit of this warp's may be so large that P must be kept in range.
+    bool may_be_coarse = false;
+    // The work's first scores have been computed behind the last tile of the work before.
+    bool begun = false;
     turns.open();
+
+    const auto issue_qk = [&]() {
+        wgmma_fence();
+        multiply_qk(scores, q, descriptor_at(k_stages, k_at.stage * TILE_BYTES));
+        wgmma_commit();
+    };
+    const auto k_multiplier = [&]() {
+        const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
+        const float c = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
+        if constexpr (INT8_PV) may_be_coarse = any_lane(c > LARGEST_FINE_MULTIPLIER);
+        return c;
+    };
 
     for (;; work_at.advance()) {
         pipeline.work().wait(work_at);
@@ -403,36 +452,16 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const int block_tiles = tiles_of_work(params, work);
         const int own_tiles = visible_tiles(params, first_row);
         const int whole_tiles = unmasked_tiles(params, first_row);
-        // The slab has been read by all.
-        named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
-        const float q_multiplier = load_q(params, work, first_row, slab);
-        named_barrier_wait<WARPGROUP>(Turns<CONSUMERS>::FIRST_BARRIER + CONSUMERS + warpgroup);
-
-        Scores scores;
         Partial apart = {};
         Partial& partial = APART ? apart : scores[0];
         int tiles_in_partial = 0;
         float output[HEAD_DIM / 2] = {};
         RowState rows;
-        float multiplier = 0.f;
-        // INT8_PV: whether a logit of this warp's may be so large that P must be kept in range.
-        bool may_be_coarse = false;
         // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where that is rare.
         float shrink[2] = {1.f, 1.f};
         // INT8_PV: by which the tile's T is multiplied.
         float weight[2];
 
-        const auto issue_qk = [&]() {
-            wgmma_fence();
-            multiply_qk(scores, q, descriptor_at(k_stages, k_at.stage * TILE_BYTES));
-            wgmma_commit();
-        };
-        const auto k_multiplier = [&]() {
-            const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
-            const float c = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
-            if constexpr (INT8_PV) may_be_coarse = any_lane(c > LARGEST_FINE_MULTIPLIER);
-            return c;
-        };
         const auto add_pv = [&](const u32 (&p)[16], auto panel) {
             constexpr int n = decltype(panel)::value;
             constexpr bool with_sums = RUNNING_MAX && !INT8_PV && n == PANELS - 1;
@@ -527,15 +556,25 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 for (int row = 0; row < 2; ++row) rows.unrounded[row] += unrounded[row];
             }
         };
-        // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait.
-        // QK_BEHIND_LAST: behind the last tile Q meets what lies in K's stage, and nobody reads the scores.
-        const auto attend_tile = [&](auto masked, int tile) {
-            const bool more = tile + 1 < own_tiles;
-            if (V_RESIDUALS && !more) residual_ring.release({}, true);
+        // The work behind this one, if this warpgroup has scores to compute in it.
+        const auto open_next = [&]() {
+            WorkCursor next_at = work_at;
+            next_at.advance();
+            pipeline.work().wait(next_at);
+            const Work next = work_in_slot(pipeline, next_at);
+            if (next.batch >= params.batch || visible_tiles(params, next.row + warpgroup * ROWS) == 0) return false;
+            q_multiplier = load_q(params, next, warpgroup, slab);
+            return true;
+        };
+        // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait. The next scores of the
+        // last tile are the first of the next work.
+        const auto attend_tile = [&](auto masked, auto last, int tile) {
+            constexpr bool is_last = decltype(last)::value;
             u32 p[16];
             softmax(masked, p, tile);
             v_ring.wait(v_at);
-            if (more) k_ring.wait(k_at);
+            if constexpr (is_last) begun = own_tiles == block_tiles && open_next();
+            if (!is_last || begun) k_ring.wait(k_at);
             turns.wait();
             if constexpr (APART) {
                 wgmma_fence();
@@ -544,25 +583,21 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 add_pv(p, Constant<0>{});
                 if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
             }
-            if (QK_BEHIND_LAST || more) {
-                issue_qk();
-                turns.pass();
-                if constexpr (!APART) v_ring.release(v_at, elected);
-                multiplier = k_multiplier();
-                wgmma_wait<0>();
-                if constexpr (APART) {
-                    wgmma_result(partial);
-                    v_ring.release(v_at, elected);
-                }
-#pragma unroll
-                for (auto& part : scores) wgmma_result(part);
-                if (more) {
-                    k_ring.release(k_at, elected);
-                    k_at.advance();
-                }
-            } else {
-                turns.pass();
+            // Behind the last work Q meets what lies in K's stage, and nobody reads the scores: a branch among the GEMMs costs more.
+            issue_qk();
+            turns.pass();
+            if constexpr (!APART) v_ring.release(v_at, elected);
+            multiplier = k_multiplier();
+            wgmma_wait<0>();
+            if constexpr (APART) {
+                wgmma_result(partial);
                 v_ring.release(v_at, elected);
+            }
+#pragma unroll
+            for (auto& part : scores) wgmma_result(part);
+            if (!is_last || begun) {
+                k_ring.release(k_at, elected);
+                k_at.advance();
             }
             v_at.advance();
             if (APART && ++tiles_in_partial == TILES_OF_PARTIAL) {
@@ -571,33 +606,51 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             }
         };
 
-        if (own_tiles > 0) {
-            k_ring.wait(k_at);
-            issue_qk();
-            multiplier = k_multiplier();
-            wgmma_wait<0>();
-#pragma unroll
-            for (auto& part : scores) wgmma_result(part);
-            k_ring.release(k_at, elected);
-            k_at.advance();
-            if constexpr (!RUNNING_MAX) {
-                i32 last[2];
-                Logits logits;
-                last_columns(last, 0);
-                scores_to_float(logits, scores);
-                raise(Masked{}, {true, true}, logits, last);
-            }
-        } else if constexpr (V_RESIDUALS) {
-            residual_ring.release({}, true);
-        }
-        int tile = 0;
         // No more than there are; said to the compiler, it keeps less in local memory.
         const int unmasked = min(whole_tiles, own_tiles);
+        if (!begun) {
+            if (own_tiles > 0) {
+                q_multiplier = load_q(params, work, warpgroup, slab);
+                k_ring.wait(k_at);
+                issue_qk();
+                multiplier = k_multiplier();
+                wgmma_wait<0>();
+#pragma unroll
+                for (auto& part : scores) wgmma_result(part);
+                k_ring.release(k_at, elected);
+                k_at.advance();
+            }
+        }
+        if (!RUNNING_MAX && own_tiles > 0) {
+            i32 last[2], top[2];
+            if (unmasked > 0) {
+                largest_scores<false>(top, scores, last);
+            } else {
+                last_columns(last, 0);
+                largest_scores<true>(top, scores, last);
+            }
+            first_reference(rows, top, multiplier);
+        }
+        begun = false;
+        int tile = 0;
 #pragma unroll 1
-        for (; tile < unmasked; ++tile) attend_tile(Unmasked{}, tile);
+        for (; tile < min(unmasked, own_tiles - 1); ++tile) attend_tile(Unmasked{}, Constant<false>{}, tile);
 #pragma unroll 1
-        for (; tile < own_tiles; ++tile) attend_tile(Masked{}, tile);
+        for (; tile < own_tiles - 1; ++tile) attend_tile(Masked{}, Constant<false>{}, tile);
+        if (tile < unmasked) {
+            attend_tile(Unmasked{}, Constant<true>{}, tile++);
+        } else if (tile < own_tiles) {
+            attend_tile(Masked{}, Constant<true>{}, tile++);
+        }
         if (APART && tiles_in_partial > 0) merge_partial();
+
+        const Work done = work_in_slot(pipeline, work_at);
+        // LSE first: it reads Q again, and O takes the registers that it needs.
+        if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
+        if constexpr (V_RESIDUALS) residual_ring.wait(residual_of_work(work_at));
+        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES,
+                     pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES, output, rows);
+        if constexpr (V_RESIDUALS) residual_ring.release({}, true);
         // Tiles that only later warpgroups of the block see.
         for (; tile < block_tiles; ++tile) {
             k_ring.wait(k_at);
@@ -609,12 +662,6 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             turns.wait();
             turns.pass();
         }
-
-        const Work done = work_in_slot(pipeline, work_at);
-        // LSE first: it reads Q again, and O takes the registers that it needs.
-        if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
-        if constexpr (V_RESIDUALS) residual_ring.wait({0, residual_parity(work_at)});
-        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * V_SCALE_BYTES, slab, output, rows);
         pipeline.work().release(work_at, elected);
     }
     turns.close();
@@ -642,13 +689,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ENTRY(const __grid_cons
     }
     fence_async_proxy();
     __syncthreads();
+    // Q is the caller's: it does not wait for the preparation.
+    if (threadIdx.x / 32 == CONSUMERS * 4 + 1) prefetch_q(params, decode_work(params, blockIdx.x));
     wait_for_previous_launch();
 
     if (warpgroup == CONSUMERS) {
         release_registers_down_to<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 4;
         if (threadIdx.x == CONSUMERS * WARPGROUP) produce(params, pipeline);
-        if (V_RESIDUALS && warp == 1) average_residuals(params, pipeline);
+        if (warp == 1) look_ahead(params, pipeline);
     } else {
         take_registers_up_to<CONSUMER_REGISTERS>();
         consume(params, pipeline, warpgroup);

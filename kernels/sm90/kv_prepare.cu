@@ -298,7 +298,7 @@ DEVICE void encode_v(const PrepareParams& params, const Shared& shared, u32 slot
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i][e] *= by;
             const u32 word = encode_four_v(x[0][e], x[1][e], x[2][e], x[3][e]);
-            store_4_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(octet * OCTET + e, lane * 4), word);
+            store_4_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(row_of_channel(octet * OCTET + e), lane * 4), word);
             if constexpr (V_RESIDUALS) of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
         }
         if constexpr (V_RESIDUALS) {

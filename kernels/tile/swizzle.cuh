@@ -20,6 +20,12 @@ DEVICE u32 swizzled(int row, int column) {
     return column / panel * rows * panel + row * panel + mixed * 16 + column % 16;
 }
 
+/// Row of a transposed tile of V that holds `channel`. Of 32 channels a lane of the PV GEMM's accumulator has columns 8 j + 2 c and the next, c = lane % 4: in
+/// this order these are eight neighbouring channels, which it can store at once.
+DEVICE int row_of_channel(int channel) {
+    return channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
+}
+
 /// Matrix descriptor of a tile that starts at `address`, aligned to its swizzle atom; shared memory ends long before the field's 18 bits do. PTX ISA 9.7.15.5.1.2.2.
 template <int width>
 DEVICE u64 operand_descriptor(u32 address) {

@@ -12,7 +12,7 @@ const WARPGROUP_THREADS: u32 = 128;
 /// Full and empty barrier of a stage of one ring, in bytes.
 const STAGE_BARRIERS: u32 = 16;
 /// Works that the producer has drawn and the consumers not yet finished.
-const WORK_SLOTS: u32 = 2;
+const WORK_SLOTS: u32 = 4;
 const WORK_BYTES: u32 = 16;
 /// Eight channels of ones for 32 keys.
 const ONES_BYTES: u32 = 8 * 32;
@@ -39,16 +39,18 @@ pub(crate) const fn rounding(variant: &Attend) -> Rounding {
     }
 }
 
-/// Dynamic shared memory of a block: Q and two barriers of each slab, then stages of K, V, K's scales and
-/// the barriers of two rings, ones, then the works, their barriers and V's scales for each.
+/// Dynamic shared memory of a block: for each warpgroup Q, V's residuals and their two barriers, then stages
+/// of K, V, K's scales and the barriers of two rings, ones, then the works, their barriers and V's scales
+/// for each.
 pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
-    let q = WARPGROUP_ROWS * variant.width + STAGE_BARRIERS;
+    let residuals = 4 * variant.width;
+    let warpgroup = WARPGROUP_ROWS * variant.width + residuals + STAGE_BARRIERS;
     let tile = TILE_KEYS * variant.width;
     let k_scales = K_GROUPS * 4;
     let v_scales = 4 * variant.width;
     let stage = 2 * tile + k_scales + 2 * STAGE_BARRIERS;
     let work = STAGE_BARRIERS + WORK_BYTES + v_scales;
-    variant.consumers * q + variant.stages * stage + ONES_BYTES + WORK_SLOTS * work
+    variant.consumers * warpgroup + variant.stages * stage + ONES_BYTES + WORK_SLOTS * work
 }
 
 /// Threads of a block: the consumers, and one more warpgroup for the producer.

@@ -214,9 +214,9 @@ const fn tile(width: u32) -> (u32, u32) {
         64 => (3, 6),
         // 32 KiB a stage: a sixth does not fit.
         128 => (3, 5),
-        // O alone takes 128 registers a thread: two warpgroups of 240. 64 KiB a stage: a fourth does
-        // not fit.
-        _ => (2, 3),
+        // O alone takes 128 registers a thread: two warpgroups of 240. 64 KiB a stage: beside Q and V's
+        // residuals there is no room for a third, and two are as fast.
+        _ => (2, 2),
     }
 }
 

@@ -17,7 +17,7 @@
 
 use std::f32::consts::{LN_2, LOG2_E};
 
-use half::f16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::exact::dot;
@@ -428,18 +428,27 @@ impl OnlineSoftmax {
         let sums = self.out.iter().zip(&values.scales).enumerate();
         for (result, (channel, (sum, scale))) in out.iter_mut().zip(sums) {
             let rounded_off = residual.map_or(0.0, |(sums, keys)| sums[channel] / keys);
-            let mut rounded_back = sum / divisor + rounded_off;
+            *result = (sum / divisor + rounded_off) * scale;
             if pv == PvQuant::E4m3 {
                 // Not a weighted mean of codes any more; O's type may end where V does.
-                rounded_back = rounded_back.clamp(-e4m3::MAX, e4m3::MAX);
+                let largest = largest_finite(self.dtype);
+                *result = result.clamp(-largest, largest);
             }
-            *result = rounded_back * scale;
         }
     }
 
     /// The natural logarithm of the unrounded sum; -inf when the row saw no key.
     fn lse(&self) -> f32 {
         (self.reference + self.sum.log2()) * LN_2
+    }
+}
+
+/// The largest number of an element type.
+fn largest_finite(dtype: DType) -> f32 {
+    match dtype {
+        DType::F16 => f16::MAX.to_f32(),
+        DType::BF16 => bf16::MAX.to_f32(),
+        DType::F32 => f32::MAX,
     }
 }
 
@@ -545,23 +554,24 @@ mod tests {
         assert!(with < 0.9 * without, "{with} {without}");
     }
 
-    /// One key has all the weight and V's largest magnitude; the others, which e4m3 rounds down by 15.9 of
-    /// 448, pull the mean residual up.
+    /// One key has all the weight and the largest number of the type; the others, which e4m3 rounds down by
+    /// 15.9 of 448, pull the mean residual up.
     #[test]
-    fn v_residuals_do_not_lift_o_out_of_the_range_of_v() {
+    fn v_residuals_do_not_lift_o_out_of_the_range_of_its_type() {
         let shape = Shape {
             kv_len: 100,
             ..Shape::mha(1, 1, 1, 1)
         };
-        let problem = Problem::new(shape, DType::F32).unwrap();
+        let problem = Problem::new(shape, DType::F16).unwrap();
         let problem = problem.with_softmax_scale(1.0).unwrap();
-        let (mut k, mut v) = ([0.0; 100], [431.9; 100]);
+        let largest = f16::MAX.to_f32();
+        let (mut k, mut v) = ([0.0; 100], [largest * 431.9 / 448.0; 100]);
         k[3] = 50.0;
-        v[3] = 448.0;
+        v[3] = largest;
         let recipe = Recipe::SAGE2_I8_F8;
         let rounding = Rounding::of(&recipe);
         let got = attend(&problem, &recipe, &rounding, [&[1.0], &k, &v]);
-        assert_eq!(got.out, [448.0]);
+        assert_eq!(got.out, [largest]);
     }
 
     #[test]

@@ -304,7 +304,9 @@ impl<'a> Codes<'a> {
     fn v_code(&self, tile: usize, key: usize, channel: usize, width: usize) -> u8 {
         // Rows of 128 keys, swizzled; of each 16 keys, the two halves' pairs alternate.
         let place = key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
-        let byte = TILE * channel + 16 * ((key / 16) ^ (channel % 8)) + place;
+        // Of 32 channels, the eight of an octet are pairs of rows, eight apart.
+        let row = channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
+        let byte = TILE * row + 16 * ((key / 16) ^ (row % 8)) + place;
         self.v_tiles[tile * TILE * width + byte]
     }
 
