@@ -1,4 +1,4 @@
-// Second launch of the preparation: K to INT8 and V to transposed e4m3, in tiles that the attention kernel copies as they are.
+// Second launch of the preparation: K to INT8 and V to transposed e4m3 or INT8 (quant/v_codes.cuh), in tiles that the attention kernel copies as they are.
 //
 //   K codes = round((k - mean) / scale of its group), groups (key / 128) * 4 + key % 8 / 2     SageAttention2 (2411.10958), equation 8
 //   V codes = round(v / scale of its channel)                                                  same, section 3.2
@@ -11,7 +11,7 @@
 // V tile    HEAD_DIM rows of 128 bytes, swizzled. Within each 16 keys the order is 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: the four neighbours that
 //           the PV GEMM takes from one register are then the keys that the same thread holds in the fragment of S (attn/softmax.cuh).
 //           A thread reads eight channels of the four keys of such a word, encodes eight words, and the block turns them in shared memory.
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH 0 or 1.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH, INT8_PV 0 or 1.
 #include "abi.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"

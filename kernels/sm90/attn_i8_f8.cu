@@ -1,24 +1,26 @@
-// Attention with INT8 Q K^T and e4m3 P V on Hopper's warpgroup GEMMs: recipe sage2-i8-f8, SageAttention2 (2411.10958), algorithm 1.
+// Attention with INT8 Q K^T and 8-bit P V on Hopper's warpgroup GEMMs. INT8_PV 0: P V in e4m3, recipe sage2-i8-f8, SageAttention2 (2411.10958),
+// algorithm 1. INT8_PV 1: P V in integers, recipe i8-i8-dyn.
 //
 //   O[b, h, r, :] = softmax_n(scale q_r . k_n) V,   LSE[b, h, r] = ln sum_n exp(scale q_r . k_n)
 //
 // Problem   q, o: [batch, q_heads, q_len, head_dim] of IN_T, strided; K and V as codes from kv_encode. A work: CONSUMERS x 64 rows of one head.
 // Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
-//           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits).
+//           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits). INT8_PV: T is exact in s32, and read as f32 as it
+//           is (attn/softmax_u8.cuh).
 // Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
 //           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles in order, the masked
 //           ones last, in a loop of their own.
-// Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1).
-// V         what its rounding took away is added back to O as a mean over the tiles that a warpgroup's rows see: a spare warp of the producer's adds
+// Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1); dot products with ones (INT8_PV).
+// V         INT8_PV 0: what its rounding took away is added back to O as a mean over the tiles that a warpgroup's rows see: a spare warp of the producer's adds
 //           the tiles' residuals up meanwhile and leaves the mean in the warpgroup's slab of Q, once that has been read for the last time.
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 //           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
 //           Where O does not shrink and S and T fit side by side (RUNNING_MAX 0, HEAD_DIM 64), T takes in four tiles before it is added to O, and
-//           there are no turns: exponentials bound that shape, whatever the order.
+//           there are no turns: exponentials bound that shape, whatever the order. Nor are there with INT8_PV: faster or level without.
 // Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | ones [8 x 32] | K scales [STAGES][4] f32 |
 //           barriers | works
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; RUNNING_MAX 0 or 1, with INT8_PV 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax.cuh"
 #include "attn/softmax_u8.cuh"

@@ -1,4 +1,4 @@
-// The preparation in one launch: K to INT8 and V to transposed e4m3, each read from memory once.
+// The preparation in one launch: K to INT8 and V to transposed e4m3 or INT8 (quant/v_codes.cuh), each read from memory once.
 //
 //   K codes = round((k - mean) / scale of its group), groups (key / 128) * 4 + key % 8 / 2     SageAttention2 (2411.10958), equation 8
 //   V codes = round(v / scale of its channel)                                                  same, section 3.2
@@ -17,7 +17,7 @@
 //           from L2 as long as all that is under way fits there.
 // In a slot 16-byte chunk c of key n lies at chunk c ^ x(n) (`mixed`): neither eight chunks of a key nor one chunk of the eight keys that a V
 //           word's lanes read meet in a bank.
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH 0, 1; SLOTS; BLOCKS of a multiprocessor, which share its memory and registers.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH, INT8_PV 0, 1; SLOTS; BLOCKS of a multiprocessor, which share its memory and registers.
 #include "abi.cuh"
 #include "attn/scales.cuh"
 #include "ptx/async_copy.cuh"
