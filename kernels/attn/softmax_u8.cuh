@@ -19,9 +19,9 @@ constexpr float U8_TOP_LOG2 = 7.9943535f - 24.f;
 constexpr float SUM_UNIT = 0x1p100f;
 /// How far a tile's maximum may lie above the reference.
 constexpr float FAR_LOG2 = 10.f;
-/// Below this, one unit in the last place of a logit is too little to lift P to 256.
-constexpr float LARGEST_FINE_LOGIT = 8192.f;
-/// No score times a smaller multiplier is larger than that: known before the scores are.
+/// Up to here units in the last place of a logit are too small to lift P to 256.
+constexpr float LARGEST_FINE_LOGIT = 16384.f;
+/// No score times this is larger. A multiplier is known before the scores are.
 constexpr float LARGEST_FINE_MULTIPLIER = LARGEST_FINE_LOGIT / (HEAD_DIM * LARGEST_S8 * LARGEST_S8);
 /// LSE's sum is of 2^-24 P: log2 of what it is multiplied by where P is largest.
 constexpr float UNROUNDED_LOG2 = INT8_PV ? U8_TOP_LOG2 + 100.f : 0.f;
@@ -30,10 +30,6 @@ constexpr float UNROUNDED_LOG2 = INT8_PV ? U8_TOP_LOG2 + 100.f : 0.f;
 struct TileMaximum {
     float of_row[2];
 
-    /// Whether rounding alone could lift P out of range.
-    DEVICE bool is_coarse() const {
-        return fmaxf(fabsf(of_row[0]), fabsf(of_row[1])) > LARGEST_FINE_LOGIT;
-    }
     /// Whether the reference must be raised.
     DEVICE bool is_far(const RowState& rows) const {
         return fmaxf(of_row[0] - rows.reference[0], of_row[1] - rows.reference[1]) > FAR_LOG2;

@@ -521,15 +521,22 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             Logits logits;
             if constexpr (is_masked) last_columns(last, tile);
             if constexpr (INT8_PV) {
-                i32 top[2];
-                largest_scores<is_masked>(top, scores, last);
-                scores_to_float(logits, scores);
-                const TileMaximum maximum{largest_logit<is_masked>(to_float(top[0]), multiplier), largest_logit<is_masked>(to_float(top[1]), multiplier)};
+                TileMaximum maximum;
                 u32 sums[2];
-                if (may_be_coarse && any_lane(maximum.is_coarse())) {
-                    exponentials_u8<is_masked, true>(p, sums, unrounded, logits, multiplier, maximum, last);
+                const auto step = [&](auto coarse) {
+                    i32 top[2];
+                    largest_scores<is_masked>(top, scores, last);
+                    scores_to_float(logits, scores);
+                    maximum = {largest_logit<is_masked>(to_float(top[0]), multiplier), largest_logit<is_masked>(to_float(top[1]), multiplier)};
+                    exponentials_u8<is_masked, decltype(coarse)::value>(p, sums, unrounded, logits, multiplier, maximum, last);
+                };
+                if (may_be_coarse) {
+                    // Other numbers for all the compiler knows: conversions that both ways share it makes ahead of the branch, and not beside the exponentials.
+#pragma unroll
+                    for (auto& part : scores) wgmma_result(part);
+                    step(Constant<true>{});
                 } else {
-                    exponentials_u8<is_masked, false>(p, sums, unrounded, logits, multiplier, maximum, last);
+                    step(Constant<false>{});
                 }
                 if (any_lane(maximum.is_far(rows))) {
                     maximum.raise_reference(shrink, rows);
