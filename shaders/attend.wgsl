@@ -287,20 +287,27 @@ fn write_vector(at: u32, x: vec4<f32>) {
 }
 
 @compute @workgroup_size(THREADS)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    var work = group.xy;
+    if (!SPLIT) {
+        work = work_of(group.xy, groups.xy);
+    }
     // A query head's, or where heads are packed a KV head's.
-    let pair = params.first_pair + group.y;
+    let pair = params.first_pair + work.y;
     let batch = pair / params.heads;
     let head = pair % params.heads;
     let kv_heads = params.heads / params.heads_per_kv;
     let kv_pair = select(batch * kv_heads + head / params.heads_per_kv, pair, SPLIT);
-    var tile = params.first_tile + group.x;
+    var tile = params.first_tile + work.x;
     var begin = 0u;
     if (SPLIT) {
         begin = (tile / params.tiles) * SPLIT_KEYS;
         tile = tile % params.tiles;
     } else if (CAUSAL) {
-        // The last queries see the most keys: they start first, so that no long tile runs alone.
         tile = params.tiles - 1u - tile;
     }
     let first_row = tile * ROWS;

@@ -318,6 +318,7 @@ fn move_row(
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 //# if MANY_SUBGROUPS
     @builtin(subgroup_id) subgroup: u32,
@@ -330,14 +331,14 @@ fn main(
     let own = 0u;
     let own_lane = lane;
 //# end
-    let pair = params.first_pair + group.y;
+    let work = work_of(group.xy, groups.xy);
+    let pair = params.first_pair + work.y;
     let batch = pair / params.heads;
     let head = pair % params.heads;
     let kv_heads = params.heads / params.heads_per_kv;
     let kv_pair = batch * kv_heads + head / params.heads_per_kv;
-    var tile = params.first_tile + group.x;
+    var tile = params.first_tile + work.x;
     if (CAUSAL) {
-        // The last queries see the most keys: they start first, so that no long tile runs alone.
         tile = params.tiles - 1u - tile;
     }
     let first_row = tile * ROWS;

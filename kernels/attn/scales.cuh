@@ -26,7 +26,7 @@ DEVICE Scale scale_from_amax(float amax, float largest_code) {
 /// from the largest |x|, so that nothing saturates.
 DEVICE u32 low_byte_code(float x, float by) {
     constexpr float no_fraction = 12582912.f;
-    return __float_as_uint(__fmaf_rn(x, by, no_fraction));
+    return __float_as_uint(__fadd_rn(__fmul_rn(x, by), no_fraction));
 }
 
 DEVICE u32 encode_four_s8(const float* x, float by) {

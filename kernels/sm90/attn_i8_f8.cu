@@ -228,6 +228,7 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
     };
     u32 index = blockIdx.x;
     for (Work work = publish(index); work.batch < params.batch;) {
+        const bool first = index == blockIdx.x;
         const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
         const int tiles = tiles_of_work(params, work);
         // Once more than there are tiles, so that a work without tiles is followed by another, too.
@@ -237,6 +238,8 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
                 work = publish(index);
             }
             if (tile == tiles) break;
+            // At the launch all multiprocessors ask at once: Q and the first tile come first.
+            if (tile == 1 && first) mbarrier_wait(pipeline.k().empty(0), 0);
             pipeline.k().open(at, TILE_BYTES + SCALE_BYTES, [&](u32 full) {
                 bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
                 bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
@@ -451,7 +454,6 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const Work work = work_in_slot(pipeline, work_at);
         if (work.batch >= params.batch) break;
         const i32 first_row = work.row + warpgroup * ROWS;
-        const int block_tiles = tiles_of_work(params, work);
         const int own_tiles = visible_tiles(params, first_row);
         const int whole_tiles = unmasked_tiles(params, first_row);
         Partial apart = {};
@@ -565,8 +567,9 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 for (int row = 0; row < 2; ++row) rows.unrounded[row] += unrounded[row];
             }
         };
-        // The work behind this one, if this warpgroup has scores to compute in it.
+        // The work behind this one, if this warpgroup has scores to compute in it, and sees the last of this one's tiles.
         const auto open_next = [&]() {
+            if (own_tiles < tiles_of_work(params, work_in_slot(pipeline, work_at))) return false;
             WorkCursor next_at = work_at;
             next_at.advance();
             pipeline.work().wait(next_at);
@@ -582,7 +585,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             u32 p[16];
             softmax(masked, p, tile);
             v_ring.wait(v_at);
-            if constexpr (is_last) begun = own_tiles == block_tiles && open_next();
+            if constexpr (is_last) begun = open_next();
             if (!is_last || begun) k_ring.wait(k_at);
             turns.wait();
             if constexpr (APART) {
@@ -661,7 +664,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                      pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES, output, rows);
         if constexpr (V_RESIDUALS) residual_ring.release({}, true);
         // Tiles that only later warpgroups of the block see.
-        for (; tile < block_tiles; ++tile) {
+        for (const int tiles = tiles_of_work(params, done); tile < tiles; ++tile) {
             k_ring.wait(k_at);
             k_ring.release(k_at, elected);
             k_at.advance();

@@ -6,6 +6,24 @@ const MASKED: f32 = -3.0e38;
 const MINUS_INFINITY_BITS: u32 = 0xff800000u;
 const LN_2: f32 = 0.6931471805599453;
 
+// Heads whose tiles start in turns under a causal mask: enough that the tiles at the end of a dispatch are
+// short, few enough that their keys stay in a cache.
+const BAND: u32 = 8u;
+
+// The tile and the (batch, head) pair of a workgroup, both counted from the dispatch's first. Workgroups
+// start in the order of their number, columns of the grid first. Under a causal mask the last queries see the
+// most keys: in each band of heads their tiles start first, so that no long tile runs alone at the end.
+fn work_of(group: vec2<u32>, groups: vec2<u32>) -> vec2<u32> {
+    if (CAUSAL) {
+        let number = group.y * groups.x + group.x;
+        let first = number / (BAND * groups.x) * BAND;
+        let heads = min(BAND, groups.y - first);
+        let within = number - first * groups.x;
+        return vec2<u32>(within / heads, first + within % heads);
+    }
+    return group;
+}
+
 // How many keys, from the first, a query sees.
 fn visible_keys(row: u32) -> u32 {
     if (CAUSAL) {

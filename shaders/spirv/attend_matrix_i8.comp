@@ -224,15 +224,30 @@ void store_pair(uint start, uint channel, vec2 x, uint scales) {
     result[at] = both ? word : result[at] & 0xffff0000u | word & 0xffffu;
 }
 
+// As in lib/attention.wgsl: in each band of heads the tiles of the last queries, which see the most keys,
+// start first.
+const uint BAND = 8;
+
+uvec2 work_of(uvec2 group, uvec2 groups) {
+    if (CAUSAL == 0) {
+        return group;
+    }
+    const uint number = group.y * groups.x + group.x;
+    const uint first = number / (BAND * groups.x) * BAND;
+    const uint heads = min(BAND, groups.y - first);
+    const uint within = number - first * groups.x;
+    return uvec2(within / heads, first + within % heads);
+}
+
 void main() {
     const uint lane = gl_SubgroupInvocationID;
-    const uint pair = params.first_pair + gl_WorkGroupID.y;
+    const uvec2 work = work_of(gl_WorkGroupID.xy, gl_NumWorkGroups.xy);
+    const uint pair = params.first_pair + work.y;
     const uint batch = pair / params.heads;
     const uint head = pair % params.heads;
     const uint kv_pair = batch * (params.heads / params.heads_per_kv) + head / params.heads_per_kv;
-    uint tile = params.first_tile + gl_WorkGroupID.x;
+    uint tile = params.first_tile + work.x;
     if (CAUSAL != 0) {
-        // The last queries see the most keys: they start first, so that no long tile runs alone.
         tile = params.tiles - 1 - tile;
     }
     const uint group_row = tile * ROWS;

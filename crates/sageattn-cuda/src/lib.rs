@@ -144,8 +144,8 @@ impl Cuda {
         })
     }
 
-    /// Fixes how `sage2-i8-f8` keeps row maxima. Without it plans choose: [`RowMaximum::Running`] up to 1024
-    /// keys, [`RowMaximum::Lazy`] beyond.
+    /// Fixes how `sage2-i8-f8` keeps row maxima. Without it plans choose: [`RowMaximum::Running`] below 1024
+    /// keys, [`RowMaximum::Lazy`] from there on.
     #[must_use]
     pub fn with_row_maximum(mut self, maximum: RowMaximum) -> Self {
         self.machine.row_maximum = Some(maximum);

@@ -51,10 +51,10 @@ impl RowMaximum {
 
 /// Few keys: the running maximum is as fast or faster (a row's maximum is still moving), and where few
 /// weights dominate a row, as they do in short rows of trained models, holding the largest exactly is worth
-/// most. Beyond, the lazy one takes up to a tenth less time on an H100; with V's residuals added back it
-/// stays within the recipe's bounds (`docs/kernels/attn_i8_f8_sm90.md`).
+/// most. From 1024 keys on the lazy one takes up to a tenth less time on an H100; with V's residuals added
+/// back it stays within the recipe's bounds (`docs/kernels/attn_i8_f8_sm90.md`).
 const fn row_maximum(kv_len: u32) -> RowMaximum {
-    if kv_len <= 1024 {
+    if kv_len < 1024 {
         RowMaximum::Running
     } else {
         RowMaximum::Lazy

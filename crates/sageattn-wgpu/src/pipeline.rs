@@ -20,7 +20,10 @@ pub(crate) struct Pipeline {
 
 /// The kernels of one device, shared by its plans.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Pipelines(Arc<Mutex<HashMap<Variant, Arc<Pipeline>>>>);
+pub(crate) struct Pipelines(Arc<Mutex<HashMap<Variant, Slot>>>);
+
+/// One kernel, once it is compiled.
+type Slot = Arc<Mutex<Option<Arc<Pipeline>>>>;
 
 /// Bytes of a buffer as bound.
 #[derive(Clone, Copy, Debug)]
@@ -68,14 +71,18 @@ pub(crate) struct ParamCache(Mutex<HashMap<Vec<u8>, wgpu::Buffer>>);
 impl Pipelines {
     /// The kernel, compiled if this device has not seen it.
     pub(crate) fn get(&self, context: &Context, variant: &Variant) -> Result<Arc<Pipeline>, Error> {
-        // Held while compiling: two plans that need the same kernel compile it once.
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = known.get(variant) {
+        let slot = {
+            let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(known.entry(*variant).or_default())
+        };
+        // Held while compiling: two plans that need the same kernel compile it once, and nobody waits
+        // for a kernel that he does not need. What did not compile is tried again.
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = slot.as_ref() {
             return Ok(Arc::clone(pipeline));
         }
         let pipeline = Arc::new(compile(context, variant)?);
-        known.insert(*variant, Arc::clone(&pipeline));
-        Ok(pipeline)
+        Ok(Arc::clone(slot.insert(pipeline)))
     }
 }
 

@@ -2,9 +2,11 @@ use std::collections::HashSet;
 use std::num::NonZeroU32;
 
 use sageattn_core::Shape;
+use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 
 use super::*;
 use crate::buffer::Tensor;
+use crate::launch::Params;
 use crate::{attend_half, attend_sm90, quantize};
 
 const H100: Machine = Machine {
@@ -173,6 +175,20 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
 }
 
 #[test]
+fn entry_points_take_what_they_are_given() {
+    for variant in variants() {
+        let entries = match variant {
+            Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => {
+                PrepareParams::ENTRIES
+            }
+            Variant::Attend(_) => AttnParams::ENTRIES,
+            Variant::Half(_) => HalfParams::ENTRIES,
+        };
+        assert!(entries.contains(&variant.entry()), "{}", variant.name());
+    }
+}
+
+#[test]
 fn integers_follow_their_maximum_whatever_the_caller_wants_for_e4m3() {
     let machine = Machine {
         row_maximum: Some(RowMaximum::Lazy),
@@ -204,10 +220,10 @@ fn few_keys_follow_their_maximum() {
         choice.attend.running_max
     };
     assert!(of(1, None));
-    assert!(of(1024, None));
-    assert!(!of(1025, None));
-    assert!(!of(1024, Some(RowMaximum::Lazy)));
-    assert!(of(1025, Some(RowMaximum::Running)));
+    assert!(of(1023, None));
+    assert!(!of(1024, None));
+    assert!(!of(1023, Some(RowMaximum::Lazy)));
+    assert!(of(1024, Some(RowMaximum::Running)));
 }
 
 #[test]
