@@ -103,16 +103,20 @@ class Kernel:
         return launch
 
 
-def attention(head_dim, causal, running):
+# How P V is computed: e4m3 with either row maximum, or integers (recipe i8-i8-dyn).
+KINDS = ("running", "lazy", "integers")
+
+
+def attention(head_dim, causal, kind):
     """The variant that a plan chooses (`tile` in crates/sageattn-cuda/src/plan.rs)."""
     consumers = 2 if head_dim == 256 else 3
     stages = {64: 6, 128: 5, 256: 2}[head_dim]
     shared = consumers * (68 * head_dim + 16) + stages * (256 * head_dim + 48) + 16 * head_dim + 384
-    constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, RUNNING_MAX=int(running), CONSUMERS=consumers, STAGES=stages)
-    return Kernel("sm90/attn_i8_f8.cu", "attn_i8_f8_sm90", shared, **constants)
+    constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, INT8_PV=int(kind == "integers"), RUNNING_MAX=int(kind != "lazy"), CONSUMERS=consumers, STAGES=stages)
+    return Kernel("sm90/attn_i8_f8.cu", "attn_i8_i8_sm90" if kind == "integers" else "attn_i8_f8_sm90", shared, **constants)
 
 
-def preparation(head_dim, heads, tiles):
+def preparation(head_dim, heads, tiles, kind):
     """The launch that a plan chooses for f16 (crates/sageattn-cuda/src/plan/prepare.rs), cluster size and tiles of a block."""
     for blocks, slots, wanted, most in {64: [(3, 4, 4, 4), (2, 6, 4, 32)], 128: [(2, 3, 3, 3), (1, 6, 4, 32)], 256: [(1, 3, 2, 16)]}[head_dim]:
         cluster = 1
@@ -126,7 +130,7 @@ def preparation(head_dim, heads, tiles):
         if each <= most and 4 * heads * cluster >= MULTIPROCESSORS:
             rows = (512 if head_dim == 256 else 256) // 32 + 2
             shared = slots * 128 * head_dim * 2 + rows * head_dim * 4 + 48 + 8 * (slots + 2)
-            constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=1, SMOOTH=1, SLOTS=slots, BLOCKS=blocks)
+            constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=1, SMOOTH=1, INT8_PV=int(kind == "integers"), SLOTS=slots, BLOCKS=blocks)
             kernel = Kernel("sm90/kv_prepare.cu", "kv_prepare_sm90", shared, **constants)
             return kernel, cluster, each, blocks == 1 and each <= slots
     raise ValueError("this shape is prepared in two launches: not in this comparison")
@@ -143,11 +147,11 @@ HALF_TILES = {
 class Ours:
     """A call of ours on tensors of [batch, heads, length, head_dim]."""
 
-    def __init__(self, shape, causal, running):
+    def __init__(self, shape, causal, kind):
         self.shape, self.causal = shape, causal
         batch, heads, length, head_dim = shape
-        self.attend = attention(head_dim, causal, running)
-        self.prepare, self.cluster, self.each, self.turns = preparation(head_dim, batch * heads, -(-length // 128))
+        self.attend = attention(head_dim, causal, kind)
+        self.prepare, self.cluster, self.each, self.turns = preparation(head_dim, batch * heads, -(-length // 128), kind)
         self.kernels = [self.attend, self.prepare]
 
     def bind(self, q, k, v):
@@ -328,9 +332,9 @@ def parse(text):
 def accuracy():
     """Relative L1 against float64: 1 x 2 heads, mean of five seeds."""
     cases = [((1, 32, 2048, 128), False, 0.0), ((1, 32, 16384, 128), False, 0.0), ((1, 32, 2048, 64), False, 0.0), ((1, 32, 16384, 64), False, 0.0), ((1, 32, 4096, 128), True, 0.0), ((1, 32, 4096, 128), False, 8.0)]
-    print("\n| data | " + " | ".join(["running", "lazy"]) + " |\n|---|---|---|")
+    print("\n| data | " + " | ".join(KINDS) + " |\n|" + "---|" * (len(KINDS) + 1))
     for shape, causal, bias in cases:
-        ours = {name: Ours(shape, causal, name == "running") for name in ("running", "lazy")}
+        ours = {kind: Ours(shape, causal, kind) for kind in KINDS}
         build(ours.values())
         errors = {name: [] for name in ours}
         for seed in range(5):
@@ -358,17 +362,17 @@ def build(ours):
 
 
 def compare(texts):
-    names = ["running, alone", "running, whole", "lazy, alone", "lazy, whole", "half", *PEERS, "preparation, us"]
+    names = [f"{kind}, {part}" for kind in KINDS for part in ("alone", "whole")] + ["half", *PEERS, "preparation, us"]
     print("| shape | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    ours = {(text, running): Ours(*parse(text), running) for text in texts for running in (True, False)}
+    ours = {(text, kind): Ours(*parse(text), kind) for text in texts for kind in KINDS}
     halves = {text: Half(*parse(text)) for text in texts}
     build([*ours.values(), *halves.values()])
     for text in texts:
         shape, causal = parse(text)
         q, k, v = normal(shape, 0)
-        running, lazy = (ours[text, kind].bind(q, k, v) for kind in (True, False))
-        calls = {"running, alone": running.alone, "running, whole": running.whole, "lazy, alone": lazy.alone, "lazy, whole": lazy.whole,
-                 "half": halves[text].bind(q, k, v).whole}
+        bound = {kind: ours[text, kind].bind(q, k, v) for kind in KINDS}
+        calls = {f"{kind}, {part}": getattr(call, part) for kind, call in bound.items() for part in ("alone", "whole")}
+        calls["half"] = halves[text].bind(q, k, v).whole
         for name, make in PEERS.items():
             try:
                 calls[name] = make(q, k, v, causal)
@@ -376,7 +380,7 @@ def compare(texts):
             except Exception as error:
                 print(f"{name} left out for {text}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
                 calls.pop(name, None)
-        calls["preparation, us"] = running.prepared
+        calls["preparation, us"] = bound["lazy"].prepared
         if shape[2] <= GRAPHS_UP_TO:
             calls = {name: replayed(call) for name, call in calls.items()}
         times = {name: [] for name in calls}
@@ -391,7 +395,9 @@ def compare(texts):
             cells.append("-" if us is None else f"{us:.0f}" if name.endswith("us") else f"{operations / us / 1e6:.0f} ({us:.1f})" if length <= GRAPHS_UP_TO else f"{operations / us / 1e6:.0f}")
         print(f"| {text.replace(':', ' ')} | " + " | ".join(cells) + " |", flush=True)
         del calls, q, k, v
-        running.scratch = lazy.scratch = running.o = lazy.o = halves[text].o = None
+        for call in bound.values():
+            call.scratch = call.o = None
+        halves[text].o = None
 
 
 if __name__ == "__main__":
