@@ -5,9 +5,8 @@
 //   -> floats: partial_o [pack, splits, 8, COLUMNS], one vec4 per channel: its value in four rows
 //              partial_stats [pack, splits, 3]: maximum (log2 units), sum of P, sum before rounding
 //
-// The rows of a KV head are its queries of all the query heads that share it: row r is query
-// r % q_len of head r / q_len. A pack is four of them, a vec4 throughout, so that every number read of
-// K and V serves four rows.
+// Everywhere; where subgroups can add up what the columns of a key have multiplied, decode_shuffled.wgsl is
+// faster. Rows and packs: lib/decode.wgsl.
 //
 // An invocation holds eight channels (column) of every SLOTS-th key, in two sets of four keys that take
 // turns: each is on its way again as soon as it has been multiplied, and neither is copied, which would
@@ -19,32 +18,11 @@ const SET: u32 = 4u * SLOTS;
 const TURN: u32 = 2u * SET;
 const STRIDE: u32 = COLUMNS | 1u;
 
-// Below every score, and far from infinity, so that differences stay finite.
-const MASKED: f32 = -3.0e38;
-
-@group(0) @binding(0) var<uniform> params: DecodeParams;
-@group(0) @binding(1) var<storage, read> q: array<element>;
-@group(0) @binding(2) var<storage, read> k: array<element>;
-@group(0) @binding(3) var<storage, read> v: array<element>;
-@group(0) @binding(4) var<storage, read_write> floats: array<vec4<f32>>;
-
 // Products of a key's columns, STRIDE apart: an odd number, so that keys lie in different banks. Later
 // the halves of sums.
 var<workgroup> products: array<vec4<f32>, PRODUCTS>;
 // The scores of the range, then P.
 var<workgroup> scores: array<vec4<f32>, SPLIT>;
-
-// Four rows of Q in eight channels, or of O.
-struct Eight {
-    c0: vec4<f32>,
-    c1: vec4<f32>,
-    c2: vec4<f32>,
-    c3: vec4<f32>,
-    c4: vec4<f32>,
-    c5: vec4<f32>,
-    c6: vec4<f32>,
-    c7: vec4<f32>,
-}
 
 // Four keys' channels as they lie in memory.
 struct Keys {
@@ -52,36 +30,6 @@ struct Keys {
     k1: Raw,
     k2: Raw,
     k3: Raw,
-}
-
-fn visible_keys(query: u32) -> u32 {
-    if (CAUSAL) {
-        return u32(clamp(i32(query) + 1 + params.causal_shift, 0, i32(params.kv_len)));
-    }
-    return params.kv_len;
-}
-
-// How many keys a row of the pack sees; none where the pack has no such row.
-fn visible_to(row: u32) -> u32 {
-    if (row < params.heads_per_kv * params.q_len) {
-        return visible_keys(row % params.q_len);
-    }
-    return 0u;
-}
-
-fn query_row(batch: u32, kv_head: u32, row: u32, column: u32) -> Raw {
-    if (row < params.heads_per_kv * params.q_len) {
-        let head = kv_head * params.heads_per_kv + row / params.q_len;
-        return read_q(row_start(params.q, batch, head, row % params.q_len), column);
-    }
-    return Raw();
-}
-
-// The eight channels of four rows, row by row, as four rows of each channel.
-fn transposed(a: Raw, b: Raw, c: Raw, d: Raw) -> Eight {
-    let low = transpose(mat4x4<f32>(unpack_low(a), unpack_low(b), unpack_low(c), unpack_low(d)));
-    let high = transpose(mat4x4<f32>(unpack_high(a), unpack_high(b), unpack_high(c), unpack_high(d)));
-    return Eight(low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]);
 }
 
 // The keys key, + SLOTS, + 2 SLOTS, + 3 SLOTS; behind the last one it is read again, and its P is 0.
@@ -103,13 +51,6 @@ fn keys_of_v(start: u32, key: u32, last: u32, column: u32) -> Keys {
         read_v(start + min(key + 2u * SLOTS, last) * row, column),
         read_v(start + min(key + 3u * SLOTS, last) * row, column),
     );
-}
-
-fn multiply(q: Eight, raw: Raw) -> vec4<f32> {
-    let x = unpack_low(raw);
-    let y = unpack_high(raw);
-    return (q.c0 * x.x + q.c1 * x.y + q.c2 * x.z + q.c3 * x.w)
-        + (q.c4 * y.x + q.c5 * y.y + q.c6 * y.z + q.c7 * y.w);
 }
 
 // Products of four keys, for the sums over their columns.
@@ -137,52 +78,11 @@ fn put_scores(lane: u32, at: u32, key: u32, seen: u32) -> f32 {
     return peak;
 }
 
-// What an invocation has of O: eight channels of four rows, and their sum of P.
-struct Output {
-    o: Eight,
-    sum: vec4<f32>,
-}
-
-fn add_key(out: Output, p: vec4<f32>, raw: Raw) -> Output {
-    let x = unpack_low(raw);
-    let y = unpack_high(raw);
-    let o = out.o;
-    return Output(
-        Eight(
-            o.c0 + p * x.x,
-            o.c1 + p * x.y,
-            o.c2 + p * x.z,
-            o.c3 + p * x.w,
-            o.c4 + p * y.x,
-            o.c5 + p * y.y,
-            o.c6 + p * y.z,
-            o.c7 + p * y.w,
-        ),
-        out.sum + p,
-    );
-}
-
 fn add_keys(out: Output, keys: Keys, at: u32) -> Output {
     let a = add_key(out, scores[at], keys.k0);
     let b = add_key(a, scores[at + SLOTS], keys.k1);
     let c = add_key(b, scores[at + 2u * SLOTS], keys.k2);
     return add_key(c, scores[at + 3u * SLOTS], keys.k3);
-}
-
-fn round_p(p: vec4<f32>) -> vec4<f32> {
-    if (DTYPE == DTYPE_F16) {
-        // In integers: a compiler that sees numbers packed and unpacked at once may leave out both, and
-        // the rounding with them (NVIDIA's does).
-        return vec4<f32>(
-            unpack2x16float(f16_bits(p.x) | (f16_bits(p.y) << 16u)),
-            unpack2x16float(f16_bits(p.z) | (f16_bits(p.w) << 16u)),
-        );
-    }
-    if (DTYPE == DTYPE_BF16) {
-        let bits = vec4<u32>(bf16_bits(p.x), bf16_bits(p.y), bf16_bits(p.z), bf16_bits(p.w));
-        return bitcast<vec4<f32>>(bits << vec4<u32>(16u));
-    }
-    return p;
 }
 
 // The largest of each row, of which an invocation has one number: its row is lane % 4.
@@ -244,42 +144,23 @@ fn add(at: u32, out: Output) -> Output {
 
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    // The packs of a KV head go side by side: what one reads of K and V the others find in a cache.
-    let block = params.first_block + group.x;
-    let pack = block % params.packs;
-    let split = block / params.packs;
-    let pair = params.first_pair + group.y;
-    let kv_heads = params.heads / params.heads_per_kv;
-    let batch = pair / kv_heads;
-    let kv_head = pair % kv_heads;
+    let work = work_of(group.xy);
     let column = lane % COLUMNS;
     // Invocations beyond the last slot read what others read, and are not counted.
     let slot = lane / COLUMNS;
     let first = slot % SLOTS;
-    let row = 4u * pack;
-
-    let visible = vec4<u32>(
-        visible_to(row),
-        visible_to(row + 1u),
-        visible_to(row + 2u),
-        visible_to(row + 3u),
-    );
-    let begin = split * SPLIT;
-    let most = max(max(visible.x, visible.y), max(visible.z, visible.w));
+    let rows = rows_of(work, column);
+    let begin = work.split * SPLIT;
+    let most = max(max(rows.visible.x, rows.visible.y), max(rows.visible.z, rows.visible.w));
     let end = clamp(most, begin, begin + SPLIT);
     let last = max(end, 1u) - 1u;
 
-    let q_rows = transposed(
-        query_row(batch, kv_head, row, column),
-        query_row(batch, kv_head, row + 1u, column),
-        query_row(batch, kv_head, row + 2u, column),
-        query_row(batch, kv_head, row + 3u, column),
-    );
-    let k_start = row_start(params.k, batch, kv_head, 0u);
-    let v_start = row_start(params.v, batch, kv_head, 0u);
+    let q_rows = transposed(rows);
+    let k_start = row_start(params.k, work.batch, work.kv_head, 0u);
+    let v_start = row_start(params.v, work.batch, work.kv_head, 0u);
 
     // Q K^T. An invocation adds up scores of one row.
-    let seen = visible_to(row + lane % 4u);
+    let seen = rows.visible[lane % 4u];
     var peak = MASKED;
     var even = keys_of_k(k_start, begin + first, last, column);
     var odd = keys_of_k(k_start, begin + SET + first, last, column);
@@ -306,10 +187,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let maximum = largest_of(lane, peak);
     var unrounded = vec4<f32>();
     for (var i = lane; i < (end - begin + TURN - 1u) / TURN * TURN; i += THREADS) {
-        let s = scores[i];
-        // A score equal to the maximum gives exactly 1; a hidden one 0, also where all are hidden.
-        var p = select(exp2(s - maximum), vec4<f32>(1.0), s >= maximum);
-        p = select(p, vec4<f32>(), s <= vec4<f32>(MASKED));
+        let p = p_of(scores[i], maximum);
         unrounded += p;
         scores[i] = round_p(p);
     }
@@ -335,7 +213,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         workgroupBarrier();
     }
-    let place = (pair * params.packs + pack) * params.splits + split;
+    let place = (work.pair * params.packs + work.pack) * params.splits + work.split;
     if (slot == 0u) {
         let at = params.partial_o + place * 8u * COLUMNS + column;
         floats[at] = out.o.c0;

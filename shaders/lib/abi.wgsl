@@ -48,8 +48,8 @@ struct DecodeParams {
     q: View,
     k: View,
     v: View,
-    // Query heads per batch in the bound slice, and how many of them share one KV head.
-    heads: u32,
+    // KV heads per batch in the bound slice, and how many query heads share one.
+    kv_heads: u32,
     heads_per_kv: u32,
     // The first (batch, KV head) pair and the first block, a pack of a split, of this dispatch.
     first_pair: u32,

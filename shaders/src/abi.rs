@@ -66,8 +66,8 @@ pub struct DecodeParams {
     pub k: View,
     /// The values.
     pub v: View,
-    /// Query heads per batch in the bound slice.
-    pub heads: u32,
+    /// KV heads per batch in the bound slice.
+    pub kv_heads: u32,
     /// Query heads that share one KV head.
     pub heads_per_kv: u32,
     /// First (batch, KV head) pair of the dispatch.

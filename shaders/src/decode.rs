@@ -1,8 +1,8 @@
 //! Decoding: a few queries against many keys, split over workgroups and merged.
 
 use crate::{
-    ABI, DECODE, DType, EIGHT, HALF, Kernel, MERGE, Native, Prelude, READ_VECTORS, READ_WORDS,
-    STORE,
+    ABI, DECODE, DECODE_LIB, DECODE_SHUFFLED, DType, EIGHT, HALF, Kernel, MERGE, Native, Prelude,
+    READ_VECTORS, READ_WORDS, STORE,
 };
 
 /// Query rows that one workgroup serves: the components of a vector.
@@ -18,6 +18,9 @@ pub struct DecodeTile {
     pub invocations: u32,
     /// Keys of a workgroup's range: a multiple of 128.
     pub split: u32,
+    /// Invocations of a subgroup, where its shuffles add up what a key's columns have multiplied:
+    /// [`decode_shuffles`]. Otherwise workgroup memory does.
+    pub subgroup: Option<u32>,
 }
 
 /// Axes of the decoding kernel.
@@ -55,6 +58,12 @@ pub const fn decode_columns(head_dim: u32) -> u32 {
     head_dim.div_ceil(8)
 }
 
+/// Whether a key's columns can be added up by shuffles within a subgroup of so many invocations.
+pub const fn decode_shuffles(head_dim: u32, subgroup: u32) -> bool {
+    let columns = decode_columns(head_dim);
+    columns.is_power_of_two() && columns >= 8 && columns <= subgroup
+}
+
 impl DecodeVariant {
     /// Keys that are read side by side: a power of two, so that their sums halve.
     const fn slots(&self) -> u32 {
@@ -78,9 +87,22 @@ impl DecodeVariant {
         }
     }
 
+    /// Vectors of workgroup memory where subgroups shuffle: the scores, then each subgroup's O.
+    const fn room(&self, subgroup: u32) -> u32 {
+        let parts = self.tile.invocations / subgroup * 9 * decode_columns(self.head_dim);
+        if parts > self.tile.split {
+            parts
+        } else {
+            self.tile.split
+        }
+    }
+
     /// Bytes of workgroup memory that the kernel declares.
     pub const fn workgroup_bytes(&self) -> u32 {
-        16 * (self.products() + self.tile.split)
+        match self.tile.subgroup {
+            Some(subgroup) => 16 * (self.room(subgroup) + self.tile.invocations / subgroup),
+            None => 16 * (self.products() + self.tile.split),
+        }
     }
 
     /// Whether every column has all of its eight channels, one or two vectors of 16 bytes.
@@ -98,17 +120,19 @@ impl DecodeVariant {
             name += "_lse";
         }
         let tile = &self.tile;
-        name + &format!("_split{}w{}", tile.split, tile.invocations)
+        name += &format!("_split{}w{}", tile.split, tile.invocations);
+        if let Some(subgroup) = tile.subgroup {
+            name += &format!("_lanes{subgroup}");
+        }
+        name
     }
 
     pub(crate) fn compose(&self, prelude: Prelude, native: Native) -> Kernel {
         let prelude = prelude
             .tensor(self.dtype, self.head_dim)
             .number("COLUMNS", decode_columns(self.head_dim))
-            .number("SLOTS", self.slots())
             .number("THREADS", self.tile.invocations)
             .number("SPLIT", self.tile.split)
-            .number("PRODUCTS", self.products())
             .flag("CAUSAL", self.causal)
             .flag("LSE", self.lse)
             .flag("NATIVE_PACK", native.pack);
@@ -116,23 +140,47 @@ impl DecodeVariant {
             true => READ_VECTORS,
             false => READ_WORDS,
         };
-        prelude.compose(self.name(), &[ABI, HALF, EIGHT, read, DECODE])
+        let (prelude, kernel) = match self.tile.subgroup {
+            Some(subgroup) => (
+                prelude
+                    .number("LANES", subgroup)
+                    .number("ROOM", self.room(subgroup)),
+                DECODE_SHUFFLED,
+            ),
+            None => (
+                prelude
+                    .number("SLOTS", self.slots())
+                    .number("PRODUCTS", self.products()),
+                DECODE,
+            ),
+        };
+        prelude.compose(self.name(), &[ABI, HALF, EIGHT, read, DECODE_LIB, kernel])
     }
 
     /// Variants that visit every value of every axis, for tests that need no device.
     pub(crate) fn samples(dtype: DType, head_dim: u32) -> impl Iterator<Item = Self> {
         let axes = [
-            (false, false, 64, 256),
-            (true, false, 128, 128),
-            (true, true, 128, 512),
+            (false, false, 64, 256, None),
+            (true, false, 128, 128, None),
+            (true, true, 128, 512, None),
+            (true, true, 256, 512, Some(32)),
+            (false, false, 128, 128, Some(64)),
+            (false, true, 64, 256, Some(8)),
         ];
         axes.into_iter()
-            .map(move |(causal, lse, invocations, split)| Self {
+            .filter(move |&(.., subgroup)| {
+                subgroup.is_none_or(|subgroup| decode_shuffles(head_dim, subgroup))
+            })
+            .map(move |(causal, lse, invocations, split, subgroup)| Self {
                 dtype,
                 head_dim,
                 causal,
                 lse,
-                tile: DecodeTile { invocations, split },
+                tile: DecodeTile {
+                    invocations,
+                    split,
+                    subgroup,
+                },
             })
     }
 }

@@ -26,6 +26,7 @@ use unroll::{Constants, unroll};
 pub use attend::*;
 pub use decode::{
     DecodeTile, DecodeVariant, MERGE_CHANNELS, MergeVariant, PACK_ROWS, decode_columns,
+    decode_shuffles,
 };
 pub use variant::*;
 
@@ -97,7 +98,9 @@ const ATTEND_MATRIX: Part = part!("attend_matrix.wgsl");
 const EIGHT: Part = part!("lib/eight.wgsl");
 const READ_VECTORS: Part = part!("lib/read_vectors.wgsl");
 const READ_WORDS: Part = part!("lib/read_words.wgsl");
+const DECODE_LIB: Part = part!("lib/decode.wgsl");
 const DECODE: Part = part!("decode.wgsl");
+const DECODE_SHUFFLED: Part = part!("decode_shuffled.wgsl");
 const MERGE: Part = part!("merge.wgsl");
 const SELF_TEST: Part = part!("self_test.wgsl");
 

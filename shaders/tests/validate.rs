@@ -23,6 +23,9 @@ fn validate(variant: &Variant, native: Native) -> Result<(Kernel, naga::Module),
             | Capabilities::SUBGROUP
             | Capabilities::SUBGROUP_BARRIER;
     }
+    if matches!(variant, Variant::Decode(decode) if decode.tile.subgroup.is_some()) {
+        capabilities |= Capabilities::SUBGROUP;
+    }
     let mut parser = naga::front::wgsl::Frontend::new();
     parser.set_options(naga::front::wgsl::Options {
         capabilities,
@@ -161,7 +164,7 @@ fn host_structs_match_the_shaders() {
         q,
         k,
         v,
-        heads,
+        kv_heads,
         heads_per_kv,
         first_pair,
         first_block,

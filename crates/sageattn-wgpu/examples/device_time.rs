@@ -5,8 +5,9 @@
 //! cargo run --release -p sageattn-wgpu --example device_time -- 1 32 8 1 16384 128
 //! ```
 //!
-//! Arguments: batch, query heads, KV heads, queries, keys, head_dim, and if wanted a recipe; without one,
-//! what the device prefers. Tensors are f16 and roughly N(0, 1), the mask causal and aligned at the end.
+//! Arguments: batch, query heads, KV heads, queries, keys, head_dim, and if wanted a recipe (without one, what the
+//! device prefers), a tier to force, and `full` for no mask. Tensors are f16 and roughly N(0, 1); the mask
+//! is causal and aligned at the end.
 #![expect(clippy::print_stdout, reason = "an example")]
 
 use std::error::Error;
@@ -25,13 +26,15 @@ const MEASURED: Duration = Duration::from_millis(500);
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (sizes, recipe) = arguments.split_at(arguments.len().min(6));
+    let (sizes, choices) = arguments.split_at(arguments.len().min(6));
     let sizes: Vec<usize> = sizes
         .iter()
         .map(|size| size.parse())
         .collect::<Result<_, _>>()?;
     let [batch, q_heads, kv_heads, q_len, kv_len, head_dim] = sizes[..] else {
-        return Err("batch, query heads, KV heads, queries, keys, head_dim [, recipe]".into());
+        let usage =
+            "batch, query heads, KV heads, queries, keys, head_dim [, recipe [, tier [, full]]]";
+        return Err(usage.into());
     };
     let shape = Shape {
         batch,
@@ -41,9 +44,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         kv_len,
         head_dim,
     };
-    let problem = Problem::new(shape, DType::F16)?.with_mask(Mask::Causal(Align::BottomRight));
-    let gpu = Wgpu::best()?;
-    let recipe: Recipe = match recipe.first() {
+    let mut gpu = Wgpu::best()?;
+    if let Some(tier) = choices.get(1) {
+        gpu = gpu.with_tier(tier.parse()?)?;
+    }
+    let mask = match choices.get(2).map(String::as_str) {
+        None => Mask::Causal(Align::BottomRight),
+        Some("full") => Mask::None,
+        Some(other) => return Err(format!("{other:?} is not a mask: there is `full`").into()),
+    };
+    let problem = Problem::new(shape, DType::F16)?.with_mask(mask);
+    let recipe: Recipe = match choices.first() {
         Some(name) => name.parse()?,
         None => gpu.preferred(&problem),
     };

@@ -5,7 +5,9 @@
 use sageattn_core::scratch::Scratch;
 use sageattn_core::{Error, Mask, Outputs, Problem, Shape};
 use sageattn_shaders::abi::DecodeParams;
-use sageattn_shaders::{DecodeTile, DecodeVariant, MergeVariant, PACK_ROWS, Variant};
+use sageattn_shaders::{
+    DecodeTile, DecodeVariant, MergeVariant, PACK_ROWS, Variant, decode_columns, decode_shuffles,
+};
 
 use crate::attend::causal_shift;
 use crate::device::Context;
@@ -13,6 +15,7 @@ use crate::memory::{Binder, Side, Slice, Workspace, index};
 use crate::merge::{self, FEW_QUERIES, RangeResults};
 use crate::pipeline::{Step, cut};
 use crate::quantize::shader_dtype;
+use crate::tier::{Facts, Forced};
 
 /// Queries that the kernel takes. It reads the keys once per four query rows: beyond a few it is right
 /// and slow, and beyond this its partial results outgrow the keys.
@@ -31,32 +34,64 @@ pub(crate) struct Decode {
     results: RangeResults,
 }
 
-/// How the keys are divided: the longest ranges that give enough workgroups, within the device's
-/// workgroup memory.
-pub(crate) fn tile(limits: &wgpu::Limits, shape: &Shape, variant: DecodeVariant) -> DecodeTile {
-    const SMALLEST: DecodeTile = DecodeTile {
-        invocations: 64,
-        split: 128,
-    };
+/// A tile that every device has room for.
+const SMALLEST: DecodeTile = DecodeTile {
+    invocations: 64,
+    split: 128,
+    subgroup: None,
+};
+
+/// The size of the subgroups that may add up a key's columns: all have it, and a workgroup holds whole ones.
+fn shuffling(facts: &Facts, head_dim: u32) -> Option<u32> {
+    let [least, most] = facts.subgroup;
+    let there = facts.features.contains(wgpu::Features::SUBGROUP)
+        && least == most
+        && most.is_power_of_two()
+        && most <= SMALLEST.invocations;
+    (there && decode_shuffles(head_dim, most)).then_some(most)
+}
+
+/// How the keys are divided: the most invocations that have room for any range, and the longest ranges
+/// that give enough workgroups. Longer ranges save partial results.
+pub(crate) fn tile(
+    limits: &wgpu::Limits,
+    shape: &Shape,
+    variant: DecodeVariant,
+    subgroup: Option<u32>,
+) -> DecodeTile {
     let fits = |tile: &DecodeTile| {
         let variant = DecodeVariant {
             tile: *tile,
             ..variant
         };
         variant.workgroup_bytes() <= limits.max_compute_workgroup_storage_size
+            && tile.invocations <= limits.max_compute_invocations_per_workgroup
+            && tile.invocations <= limits.max_compute_workgroup_size_x
     };
-    // 128 invocations where any range of theirs fits, else 64. Longer ranges save partial results.
-    let of = |invocations| {
-        let ranges = [512, 256, 128].map(|split| DecodeTile { invocations, split });
-        ranges.into_iter().filter(fits).collect::<Vec<_>>()
+    // Two workgroups should share the 48 KiB that an H100 gives a multiprocessor: every subgroup's O takes
+    // room in the end.
+    let invocations: &[u32] = match subgroup {
+        Some(_) if decode_columns(variant.head_dim) <= 16 => &[256, 128, 64],
+        _ => &[128, 64],
     };
-    let mut tiles = of(128);
-    if tiles.is_empty() {
-        tiles = of(SMALLEST.invocations);
-    }
+    let kinds = [subgroup, None];
+    let kinds = kinds.iter().skip(usize::from(subgroup.is_none()));
+    let mut tiles = kinds.flat_map(|&subgroup| {
+        invocations.iter().map(move |&invocations| {
+            [512, 256, 128].map(|split| DecodeTile {
+                invocations,
+                split,
+                subgroup,
+            })
+        })
+    });
     let packs = packs(shape) * shape.batch * shape.kv_heads;
     let keys = |tile: DecodeTile| tile.split as usize;
-    merge::longest(&tiles, keys, shape.kv_len, packs).unwrap_or(SMALLEST)
+    let fitting = tiles.find_map(|tiles| {
+        let fitting: Vec<_> = tiles.into_iter().filter(fits).collect();
+        merge::longest(&fitting, keys, shape.kv_len, packs)
+    });
+    fitting.unwrap_or(SMALLEST)
 }
 
 /// Packs of query rows per KV head.
@@ -72,22 +107,28 @@ impl Decode {
         // At most 256: `Problem` says so.
         let head_dim = index(shape.head_dim as u64);
         let lse = problem.outputs() == Outputs::OAndLse;
-        let decode = DecodeVariant {
+        let smallest = DecodeVariant {
             dtype,
             head_dim,
             causal: problem.mask() != Mask::None,
             lse,
-            tile: DecodeTile {
-                invocations: 64,
-                split: 128,
-            },
+            tile: SMALLEST,
         };
-        let tile = tile(&context.facts.limits, shape, decode);
+        let decode = match context.forced {
+            Some(Forced::Decode(variant)) => variant,
+            _ => {
+                let facts = &context.facts;
+                let subgroup = shuffling(facts, head_dim).filter(|_| context.findings.shuffles());
+                let tile = tile(&facts.limits, shape, smallest, subgroup);
+                DecodeVariant { tile, ..smallest }
+            }
+        };
+        let tile = decode.tile;
         let mut scratch = Scratch::default();
         let splits = shape.kv_len.div_ceil(tile.split as usize);
         let results = RangeResults::push(&mut scratch, shape, packs(shape), splits);
         let decode = Self {
-            decode: DecodeVariant { tile, ..decode },
+            decode,
             merge: MergeVariant {
                 dtype,
                 head_dim,
@@ -103,6 +144,12 @@ impl Decode {
     /// The first kernel, whose name stands for the call.
     pub(crate) fn variant(&self) -> Variant {
         Variant::Decode(self.decode)
+    }
+
+    /// The first kernel where it must be tried before it is trusted: WGSL does not say which invocations
+    /// make up a subgroup.
+    pub(crate) fn unproven(&self) -> Option<DecodeVariant> {
+        self.decode.tile.subgroup.map(|_| self.decode)
     }
 
     /// Keys that share one maximum.
@@ -137,7 +184,7 @@ impl Decode {
             q: q_view,
             k: k_view,
             v: v_view,
-            heads: index(slice.heads(Side::Q).1 as u64),
+            kv_heads: index(slice.heads(Side::Kv).1 as u64),
             heads_per_kv: index(shape.heads_per_kv() as u64),
             packs: index(packs),
             splits: index(splits),
@@ -178,22 +225,22 @@ impl Decode {
 mod tests {
     use super::*;
 
-    fn tile_of(bytes: u32, shape: Shape, head_dim: u32) -> DecodeTile {
+    fn tile_of(bytes: u32, shape: Shape, head_dim: u32, subgroup: Option<u32>) -> DecodeTile {
         let limits = wgpu::Limits {
             max_compute_workgroup_storage_size: bytes,
             ..wgpu::Limits::default()
         };
-        let variant = DecodeVariant {
-            dtype: sageattn_shaders::DType::F16,
+        tile(&limits, &shape, variant(head_dim, SMALLEST), subgroup)
+    }
+
+    fn variant(head_dim: u32, tile: DecodeTile) -> DecodeVariant {
+        DecodeVariant {
+            dtype: sageattn_shaders::DType::F32,
             head_dim,
-            causal: false,
-            lse: false,
-            tile: DecodeTile {
-                invocations: 64,
-                split: 128,
-            },
-        };
-        tile(&limits, &shape, variant)
+            causal: true,
+            lse: true,
+            tile,
+        }
     }
 
     #[test]
@@ -205,27 +252,54 @@ mod tests {
             kv_len,
             ..Shape::mha(1, 1, 1, 128)
         };
-        assert_eq!(tile_of(49152, shape(1, 16384), 128).split, 512);
-        assert_eq!(tile_of(49152, shape(1, 1024), 128).split, 128);
-        assert_eq!(tile_of(49152, shape(1, 1024), 128).invocations, 128);
+        assert_eq!(tile_of(49152, shape(1, 16384), 128, None).split, 512);
+        assert_eq!(tile_of(49152, shape(1, 1024), 128, None).split, 128);
+        assert_eq!(tile_of(49152, shape(1, 1024), 128, None).invocations, 128);
         // Little memory: shorter ranges, then fewer invocations.
-        let tile = tile_of(16384, shape(8, 16384), 128);
+        let tile = tile_of(16384, shape(8, 16384), 128, None);
         assert_eq!((tile.invocations, tile.split), (128, 256));
-        assert_eq!(tile_of(8192, shape(8, 16384), 128).invocations, 64);
+        assert_eq!(tile_of(8192, shape(8, 16384), 128, None).invocations, 64);
     }
 
     #[test]
     fn the_smallest_device_has_a_tile_for_every_head() {
         for head_dim in 1..=256 {
-            let tile = tile_of(16384, Shape::mha(64, 1, 16, 64), head_dim);
-            let variant = DecodeVariant {
-                dtype: sageattn_shaders::DType::F32,
-                head_dim,
-                causal: true,
-                lse: true,
-                tile,
-            };
-            assert!(variant.workgroup_bytes() <= 16384, "{head_dim}: {tile:?}");
+            for subgroup in [None, Some(8), Some(32), Some(64)] {
+                let subgroup = subgroup.filter(|&lanes| decode_shuffles(head_dim, lanes));
+                let tile = tile_of(16384, Shape::mha(64, 1, 16, 64), head_dim, subgroup);
+                let variant = variant(head_dim, tile);
+                assert!(variant.workgroup_bytes() <= 16384, "{head_dim}: {tile:?}");
+            }
         }
+    }
+
+    #[test]
+    fn shuffles_take_whole_columns_and_subgroups_of_one_size() {
+        let mut facts = crate::tier::tests::plain();
+        assert_eq!(shuffling(&facts, 128), None, "the feature is missing");
+        facts.features = wgpu::Features::SUBGROUP;
+        assert_eq!(shuffling(&facts, 128), Some(32));
+        assert_eq!(shuffling(&facts, 80), None, "ten columns");
+        facts.subgroup = [8, 8];
+        assert_eq!(shuffling(&facts, 64), Some(8));
+        assert_eq!(shuffling(&facts, 128), None, "more columns than that");
+        facts.subgroup = [32, 64];
+        assert_eq!(shuffling(&facts, 128), None, "which of the two?");
+
+        let shape = Shape {
+            q_heads: 32,
+            kv_heads: 8,
+            ..Shape::mha(1, 1, 1, 128)
+        };
+        let shape = Shape {
+            kv_len: 16384,
+            ..shape
+        };
+        let tile = tile_of(49152, shape, 128, Some(32));
+        assert_eq!((tile.invocations, tile.split), (256, 512));
+        let tile = tile_of(49152, shape, 256, Some(32));
+        assert_eq!((tile.invocations, tile.split), (128, 512));
+        let tile = tile_of(16384, shape, 128, Some(32));
+        assert_eq!((tile.invocations, tile.subgroup), (128, Some(32)));
     }
 }

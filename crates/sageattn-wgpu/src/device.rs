@@ -48,7 +48,7 @@ pub(crate) struct Context {
 /// |---|---|
 /// | `TIMESTAMP_QUERY` | [`Plan::profile`] on the device's own clock |
 /// | `EXPERIMENTAL_COOPERATIVE_MATRIX`, `SHADER_F16` | matrix cores |
-/// | `SUBGROUP`, `SUBGROUP_BARRIER` | the same |
+/// | `SUBGROUP`, `SUBGROUP_BARRIER` | the same, and few queries against many keys |
 /// | `PASSTHROUGH_SHADERS` | matrix cores in 8-bit integers, on Vulkan |
 ///
 /// wgpu opens a device with an experimental feature only if its descriptor says so:
@@ -447,7 +447,7 @@ impl Context {
         let mut order = match self.forced {
             Some(Forced::Tier(tier)) => vec![tier],
             Some(Forced::Kernel(kernel)) => vec![Tier::of(&kernel)],
-            None => Tier::ALL.to_vec(),
+            Some(Forced::Decode(_)) | None => Tier::ALL.to_vec(),
         };
         if self.forced.is_none() && self.is_software() {
             // Matrices in software cost more than they save.

@@ -348,13 +348,20 @@ impl WgpuPlan {
                 None => Vec::new(),
             };
             let chosen = choose(context, problem, recipe, &order).map_err(refuse)?;
-            let Method::Quantized(kernels) = &chosen.0 else {
-                break chosen;
-            };
             // A kernel is compiled and tried now, not in the first run. One that is wrong strikes its
-            // tier from the order, so this ends.
-            let trying = matches!(context.forced, Some(Forced::Kernel(_)));
-            if trying || context.is_right(&kernels.attend, problem, recipe)? {
+            // tier from the order, or its instructions, so this ends.
+            let trying = matches!(context.forced, Some(Forced::Kernel(_) | Forced::Decode(_)));
+            let right = trying
+                || match &chosen.0 {
+                    Method::Quantized(kernels) => {
+                        context.is_right(&kernels.attend, problem, recipe)?
+                    }
+                    Method::Decode(decode) => match decode.unproven() {
+                        Some(variant) => context.decodes_right(&variant, problem)?,
+                        None => true,
+                    },
+                };
+            if right {
                 break chosen;
             }
         };

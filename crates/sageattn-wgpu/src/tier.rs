@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use sageattn_core::Error;
-use sageattn_shaders::{AttendKernel, Pv, RowGroups};
+use sageattn_shaders::{AttendKernel, DecodeVariant, Pv, RowGroups};
 
 use crate::attend;
 
@@ -95,6 +95,8 @@ pub(crate) enum Forced {
     Tier(Tier),
     /// The very kernel, tried or not: to try it.
     Kernel(AttendKernel),
+    /// The same of the kernel for few queries.
+    Decode(DecodeVariant),
 }
 
 /// What the choice looks at of a device.

@@ -12,7 +12,7 @@ use sageattn_core::{
     Align, Backend, DType, Error, HostTensor, Layout, Mask, Outputs, Plan, Problem, Recipe, Shape,
     Staged, attend_host,
 };
-use sageattn_shaders::{AttendVariant, Pv, RowGroups};
+use sageattn_shaders::{AttendVariant, DecodeVariant, Pv, RowGroups, Variant};
 
 use crate::device::{Context, Wgpu};
 use crate::tier::{self, Forced, Request, Tier};
@@ -36,7 +36,9 @@ pub(crate) struct Findings(Arc<Mutex<Found>>);
 #[derive(Debug, Default)]
 struct Found {
     /// Kernels that gave the right numbers.
-    right: HashSet<AttendVariant>,
+    right: HashSet<Variant>,
+    /// How the kernel for few queries that shuffles within subgroups did not.
+    no_shuffles: Option<String>,
     /// Tiers that did not, and how.
     struck: Vec<(Tier, String)>,
     /// Tiers by speed.
@@ -88,13 +90,19 @@ impl Findings {
         struck.map(|(_, how)| how.clone())
     }
 
-    /// Tiers that were found wrong, in words.
+    /// Whether nothing speaks against shuffles within subgroups.
+    pub(crate) fn shuffles(&self) -> bool {
+        self.lock().no_shuffles.is_none()
+    }
+
+    /// What was found wrong, in words.
     pub(crate) fn notes(&self) -> Vec<String> {
         let found = self.lock();
         let struck = found.struck.iter();
-        struck
-            .map(|(tier, how)| format!("tier {tier} struck out: {how}"))
-            .collect()
+        let tiers = struck.map(|(tier, how)| format!("tier {tier} struck out: {how}"));
+        let shuffles = found.no_shuffles.iter();
+        let shuffles = shuffles.map(|how| format!("no shuffles within subgroups: {how}"));
+        tiers.chain(shuffles).collect()
     }
 }
 
@@ -110,22 +118,10 @@ impl Context {
         problem: &Problem,
         recipe: &Recipe,
     ) -> Result<bool, Error> {
-        if self.findings.lock().right.contains(variant) {
-            return Ok(true);
-        }
         let tier = Tier::of(&variant.kernel);
-        let forced = self.forced(Forced::Kernel(variant.kernel));
-        let verdict = match compare(&forced, problem, recipe) {
-            Ok((error, lse)) if error <= MAX_ERROR && lse <= MAX_LSE_ERROR => {
-                self.findings.lock().right.insert(*variant);
-                return Ok(true);
-            }
-            Ok((error, lse)) => format!(
-                "{} is wrong: relative L1 {error:.1e} from the CPU's O, {lse:.1e} from its LSE",
-                variant.name()
-            ),
-            Err(Error::Compile { kernel, log }) => format!("{kernel} does not compile: {log}"),
-            Err(error) => return Err(error),
+        let forced = Forced::Kernel(variant.kernel);
+        let Some(verdict) = self.fault(Variant::Attend(*variant), forced, problem, recipe)? else {
+            return Ok(true);
         };
         let device = &self.info.name;
         tracing::warn!(device, %tier, verdict, "the self-test struck out a tier");
@@ -134,6 +130,54 @@ impl Context {
             found.struck.push((tier, verdict));
         }
         Ok(false)
+    }
+
+    /// The same of a kernel for few queries. If it is wrong, later ones do without shuffles.
+    ///
+    /// # Errors
+    /// As [`Self::is_right`].
+    pub(crate) fn decodes_right(
+        self: &Arc<Self>,
+        variant: &DecodeVariant,
+        problem: &Problem,
+    ) -> Result<bool, Error> {
+        let forced = Forced::Decode(*variant);
+        let kernel = Variant::Decode(*variant);
+        let Some(verdict) = self.fault(kernel, forced, problem, &Recipe::HALF)? else {
+            return Ok(true);
+        };
+        let device = &self.info.name;
+        tracing::warn!(device, verdict, "the self-test struck out shuffles");
+        self.findings.lock().no_shuffles = Some(verdict);
+        Ok(false)
+    }
+
+    /// What is wrong with a kernel, tried by plans that are forced to take it; nothing if it was found right
+    /// before.
+    fn fault(
+        self: &Arc<Self>,
+        variant: Variant,
+        forced: Forced,
+        problem: &Problem,
+        recipe: &Recipe,
+    ) -> Result<Option<String>, Error> {
+        if self.findings.lock().right.contains(&variant) {
+            return Ok(None);
+        }
+        match compare(&self.forced(forced), problem, recipe) {
+            Ok((error, lse)) if error <= MAX_ERROR && lse <= MAX_LSE_ERROR => {
+                self.findings.lock().right.insert(variant);
+                Ok(None)
+            }
+            Ok((error, lse)) => Ok(Some(format!(
+                "{} is wrong: relative L1 {error:.1e} from the CPU's O, {lse:.1e} from its LSE",
+                variant.name()
+            ))),
+            Err(Error::Compile { kernel, log }) => {
+                Ok(Some(format!("{kernel} does not compile: {log}")))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The tiers to try for a request, the fastest first: as the caller says, as was measured, or as

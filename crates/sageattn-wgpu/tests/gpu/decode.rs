@@ -61,7 +61,11 @@ fn agrees(gpu: &Wgpu) -> Result<(), Failed> {
             check(gpu, &problem, &Recipe::HALF, &Inputs::noise(&shape))?;
         }
     }
-    Ok(())
+    // Where the kernel without shuffles stands in for one that was found wrong, all of this passes as well.
+    match gpu.notes().iter().find(|note| note.contains("shuffles")) {
+        Some(note) => Err(note.as_str().into()),
+        None => Ok(()),
+    }
 }
 
 fn head_dims(gpu: &Wgpu) -> Result<(), Failed> {
