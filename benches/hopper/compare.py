@@ -8,8 +8,8 @@ nvidia-cudnn-frontend 1.32.0 (a peer that is missing is left out and named).
     python3 benches/hopper/compare.py                    the tables of docs/results
     python3 benches/hopper/compare.py 4x32x4096x128 ..   these shapes: BATCHxHEADSxLENGTHxHEAD_DIM, with :causal
 
-For each shape every kernel is timed in each of three rounds, at least 135 ms a round, by CUDA events around single calls; the figure is the median of
-the rounds' medians. Up to 2048 tokens a call is replayed from a CUDA graph, which takes the launch cost out for all alike.
+For each shape every kernel is timed in each of five rounds, at least 80 ms a round, by CUDA events around single calls; each round takes the kernels in another order, since
+one that follows a hot one reads slower. The figure is the median of the rounds' medians. Up to 2048 tokens a call is replayed from a CUDA graph, which takes the launch cost out for all alike.
 TOPS = 4 B H N N D / time, halved when causal. "alone" starts from what the preparation wrote, "whole" from 16-bit tensors; both end with 16-bit O. "half" is the
 recipe without quantization, one launch: its peers are the 16-bit ones.
 FP8 peers are given FP8 tensors.
@@ -17,6 +17,7 @@ FP8 peers are given FP8 tensors.
 import concurrent.futures
 import ctypes
 import pathlib
+import random
 import statistics
 import struct
 import subprocess
@@ -28,10 +29,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ROUNDS, BUDGET_MS, GRAPHS_UP_TO = 3, 135, 2048
-LENGTHS = {128: (512, 1024, 2048, 4096, 8192, 16384, 32768), 64: (1024, 4096, 16384), 256: (16384,)}
+ROUNDS, BUDGET_MS, GRAPHS_UP_TO = 5, 80, 2048
+# Plans take the running maximum below 1024 keys: beyond this it is not timed.
+RUNNING_UP_TO = 4096
+LENGTHS = {128: (512, 1024, 2048, 4096, 8192, 16384, 32768), 64: (1024, 2048, 4096, 16384, 32768), 256: (16384,)}
 FULL = [f"4x32x{n}x{d}" for d, lengths in LENGTHS.items() for n in lengths] + ["12x64x197x64", "4x24x1105x64"]
-CAUSAL = [f"4x32x{n}x128:causal" for n in (1024, 1536, 2048, 4096, 8192, 16384)] + [f"4x32x{n}x64:causal" for n in (1024, 4096, 16384)]
+CAUSAL = [f"4x32x{n}x128:causal" for n in (1024, 1536, 2048, 4096, 8192, 16384, 32768)] + [f"4x32x{n}x64:causal" for n in (1024, 4096, 16384, 32768)]
 CAUSAL += ["4x32x16384x256:causal"]
 
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -103,16 +106,20 @@ class Kernel:
         return launch
 
 
-def attention(head_dim, causal, running):
+# How P V is computed: e4m3 with either row maximum, or integers (recipe i8-i8-dyn).
+KINDS = ("running", "lazy", "integers")
+
+
+def attention(head_dim, causal, kind):
     """The variant that a plan chooses (`tile` in crates/sageattn-cuda/src/plan.rs)."""
     consumers = 2 if head_dim == 256 else 3
     stages = {64: 6, 128: 5, 256: 2}[head_dim]
     shared = consumers * (68 * head_dim + 16) + stages * (256 * head_dim + 48) + 16 * head_dim + 384
-    constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, RUNNING_MAX=int(running), CONSUMERS=consumers, STAGES=stages)
-    return Kernel("sm90/attn_i8_f8.cu", "attn_i8_f8_sm90", shared, **constants)
+    constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, INT8_PV=int(kind == "integers"), RUNNING_MAX=int(kind != "lazy"), CONSUMERS=consumers, STAGES=stages)
+    return Kernel("sm90/attn_i8_f8.cu", "attn_i8_i8_sm90" if kind == "integers" else "attn_i8_f8_sm90", shared, **constants)
 
 
-def preparation(head_dim, heads, tiles):
+def preparation(head_dim, heads, tiles, kind):
     """The launch that a plan chooses for f16 (crates/sageattn-cuda/src/plan/prepare.rs), cluster size and tiles of a block."""
     for blocks, slots, wanted, most in {64: [(3, 4, 4, 4), (2, 6, 4, 32)], 128: [(2, 3, 3, 3), (1, 6, 4, 32)], 256: [(1, 3, 2, 16)]}[head_dim]:
         cluster = 1
@@ -126,28 +133,30 @@ def preparation(head_dim, heads, tiles):
         if each <= most and 4 * heads * cluster >= MULTIPROCESSORS:
             rows = (512 if head_dim == 256 else 256) // 32 + 2
             shared = slots * 128 * head_dim * 2 + rows * head_dim * 4 + 48 + 8 * (slots + 2)
-            constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=1, SMOOTH=1, SLOTS=slots, BLOCKS=blocks)
+            constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=1, SMOOTH=1, INT8_PV=int(kind == "integers"), SLOTS=slots, BLOCKS=blocks)
             kernel = Kernel("sm90/kv_prepare.cu", "kv_prepare_sm90", shared, **constants)
             return kernel, cluster, each, blocks == 1 and each <= slots
     raise ValueError("this shape is prepared in two launches: not in this comparison")
 
 
-# What plans choose (`tile` in crates/sageattn-cuda/src/plan/half.rs).
-HALF_TILES = {
-    64: dict(CONSUMERS=2, KEYS=128, Q_SLOTS=1, K_STAGES=5, V_STAGES=5, STALE=0),
-    128: dict(CONSUMERS=2, KEYS=128, Q_SLOTS=1, K_STAGES=3, V_STAGES=3, STALE=8),
-    256: dict(CONSUMERS=2, KEYS=80, Q_SLOTS=1, K_STAGES=2, V_STAGES=2, STALE=8),
-}
+def half_tile(head_dim, causal, length):
+    """What plans choose (`tile` in crates/sageattn-cuda/src/plan/half.rs)."""
+    keys, stages, stale = {64: (128, 5, 0), 128: (128, 3, 8), 256: (80, 2, 8)}[head_dim]
+    padded = lambda keys: -(-length // keys) * keys
+    if head_dim == 64 and not causal and 16 * padded(192) <= 17 * padded(128):
+        keys, stages, stale = 192, 4, 8
+    return dict(CONSUMERS=2, KEYS=keys, Q_SLOTS=1, K_STAGES=stages, V_STAGES=stages, STALE=stale)
+
 
 
 class Ours:
     """A call of ours on tensors of [batch, heads, length, head_dim]."""
 
-    def __init__(self, shape, causal, running):
+    def __init__(self, shape, causal, kind):
         self.shape, self.causal = shape, causal
         batch, heads, length, head_dim = shape
-        self.attend = attention(head_dim, causal, running)
-        self.prepare, self.cluster, self.each, self.turns = preparation(head_dim, batch * heads, -(-length // 128))
+        self.attend = attention(head_dim, causal, kind)
+        self.prepare, self.cluster, self.each, self.turns = preparation(head_dim, batch * heads, -(-length // 128), kind)
         self.kernels = [self.attend, self.prepare]
 
     def bind(self, q, k, v):
@@ -189,7 +198,7 @@ class Half:
     def __init__(self, shape, causal):
         self.shape, self.causal = shape, causal
         head_dim = shape[3]
-        tile = HALF_TILES[head_dim]
+        tile = half_tile(head_dim, causal, shape[2])
         row = 2 * head_dim
         stages = tile["K_STAGES"] + tile["V_STAGES"]
         shared = row * (64 * tile["CONSUMERS"] * tile["Q_SLOTS"] + tile["KEYS"] * stages) + 16 * (tile["Q_SLOTS"] + stages)
@@ -244,7 +253,7 @@ def flash3(dtype):
     return make
 
 
-def cudnn_fp8(q, k, v, causal):
+def cudnn_fp8(q, k, v, causal, scale_p=1.0, scale_o=1.0):
     import cudnn
     handle = cudnn.create_handle()
     data = [x.to(torch.float8_e4m3fn).contiguous() for x in (q, k, v)]
@@ -253,8 +262,8 @@ def cudnn_fp8(q, k, v, causal):
     inputs = [graph.tensor_like(x.view(torch.int8)) for x in data]
     for x in inputs:
         x.set_data_type(cudnn.data_type.FP8_E4M3)
-    ones = [torch.ones(1, 1, 1, 1, device="cuda") for _ in range(6)]
-    scales = [graph.tensor_like(x) for x in ones]
+    values = [torch.full((1, 1, 1, 1), value, device="cuda") for value in (1.0, 1.0, 1.0, 1 / scale_p, scale_p, scale_o)]
+    scales = [graph.tensor_like(x) for x in values]
     names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
     out, _, amax_s, amax_o = graph.sdpa_fp8(q=inputs[0], k=inputs[1], v=inputs[2], **dict(zip(names, scales)), generate_stats=False,
                                             attn_scale=q.shape[-1] ** -0.5, use_causal_mask=causal)
@@ -269,11 +278,12 @@ def cudnn_fp8(q, k, v, causal):
     graph.check_support()
     graph.build_plans()
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
-    pack = dict(zip(inputs, data)) | dict(zip(scales, ones)) | {out: result, amax_s: maxima[0], amax_o: maxima[1]}
+    pack = dict(zip(inputs, data)) | dict(zip(scales, values)) | {out: result, amax_s: maxima[0], amax_o: maxima[1]}
 
     def call():
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
         graph.execute(pack, workspace, handle=handle)
+        return result
     return call
 
 
@@ -314,10 +324,26 @@ def normal(shape, seed):
 
 
 def exact(q, k, v, causal):
-    scores = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
-    if causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device="cuda").triu(1), float("-inf"))
-    return torch.softmax(scores, -1) @ v.double()
+    """In blocks of rows: the scores of all would not fit."""
+    k, v, rows = k.double().transpose(-1, -2), v.double(), []
+    for first in range(0, q.shape[2], 4096):
+        scores = q[:, :, first : first + 4096].double() @ k * q.shape[-1] ** -0.5
+        if causal:
+            scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device="cuda").triu(first + 1), float("-inf"))
+        rows.append(torch.softmax(scores, -1) @ v)
+    return torch.cat(rows, 2)
+
+
+def fp8_peers(q, k, v, causal, want):
+    """What the FP8 peers give for casts of the tensors: FA3 in bf16; cuDNN in e4m3, with P on 256 and O on the scale that suits its largest magnitude."""
+    scale = 448 / want.abs().max().item()
+    results = {"FA3 FP8": lambda: PEERS["FA3 FP8"](q, k, v, causal)().transpose(1, 2).double(),
+               "cuDNN FP8": lambda: cudnn_fp8(q, k, v, causal, 256.0, scale)().double() / scale}
+    for name, result in results.items():
+        try:
+            yield name, result()
+        except Exception as error:
+            print(f"{name} left out: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
 
 
 def parse(text):
@@ -327,22 +353,24 @@ def parse(text):
 
 def accuracy():
     """Relative L1 against float64: 1 x 2 heads, mean of five seeds."""
-    cases = [((1, 32, 2048, 128), False, 0.0), ((1, 32, 16384, 128), False, 0.0), ((1, 32, 2048, 64), False, 0.0), ((1, 32, 16384, 64), False, 0.0), ((1, 32, 4096, 128), True, 0.0), ((1, 32, 4096, 128), False, 8.0)]
-    print("\n| data | " + " | ".join(["running", "lazy"]) + " |\n|---|---|---|")
+    cases = [((1, 32, 2048, 128), False, 0.0), ((1, 32, 16384, 128), False, 0.0), ((1, 32, 65536, 128), False, 0.0), ((1, 32, 2048, 64), False, 0.0), ((1, 32, 16384, 64), False, 0.0), ((1, 32, 4096, 128), True, 0.0), ((1, 32, 4096, 128), False, 8.0)]
+    names = [*KINDS, "FA3 FP8", "cuDNN FP8"]
+    print("\n| data | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for shape, causal, bias in cases:
-        ours = {name: Ours(shape, causal, name == "running") for name in ("running", "lazy")}
+        ours = {kind: Ours(shape, causal, kind) for kind in KINDS}
         build(ours.values())
-        errors = {name: [] for name in ours}
+        errors = {name: [] for name in names}
         for seed in range(5):
             q, k, v = normal(shape, seed)
             if bias:
                 k = (k.float() + bias * torch.randn(1, shape[1], 1, shape[3], device="cuda", generator=torch.Generator("cuda").manual_seed(99 + seed))).half()
             want = exact(q[:, :2], k[:, :2], v[:, :2], causal)
-            for name, call in ours.items():
-                got = call.bind(q, k, v).o[:, :2].double()
+            results = [(name, call.bind(q, k, v).o[:, :2].double()) for name, call in ours.items()]
+            results += fp8_peers(*(x[:, :2].contiguous() for x in (q, k, v)), causal, want)
+            for name, got in results:
                 errors[name].append(((got - want).abs().sum() / want.abs().sum()).item())
         label = f"{shape[2]} x {shape[3]}{' causal' if causal else ''}{f', K bias {bias:g} sigma' if bias else ''}"
-        print(f"| {label} | " + " | ".join(f"{statistics.mean(e):.5f}" for e in errors.values()) + " |", flush=True)
+        print(f"| {label} | " + " | ".join(f"{statistics.mean(e):.5f}" if e else "-" for e in errors.values()) + " |", flush=True)
 
 
 def build(ours):
@@ -358,17 +386,19 @@ def build(ours):
 
 
 def compare(texts):
-    names = ["running, alone", "running, whole", "lazy, alone", "lazy, whole", "half", *PEERS, "preparation, us"]
+    shuffled = random.Random(0)
+    names = [f"{kind}, {part}" for kind in KINDS for part in ("alone", "whole")] + ["half", *PEERS, "preparation, us"]
     print("| shape | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    ours = {(text, running): Ours(*parse(text), running) for text in texts for running in (True, False)}
+    timed = lambda text: [kind for kind in KINDS if kind != "running" or parse(text)[0][2] <= RUNNING_UP_TO]
+    ours = {(text, kind): Ours(*parse(text), kind) for text in texts for kind in timed(text)}
     halves = {text: Half(*parse(text)) for text in texts}
     build([*ours.values(), *halves.values()])
     for text in texts:
         shape, causal = parse(text)
         q, k, v = normal(shape, 0)
-        running, lazy = (ours[text, kind].bind(q, k, v) for kind in (True, False))
-        calls = {"running, alone": running.alone, "running, whole": running.whole, "lazy, alone": lazy.alone, "lazy, whole": lazy.whole,
-                 "half": halves[text].bind(q, k, v).whole}
+        bound = {kind: ours[text, kind].bind(q, k, v) for kind in timed(text)}
+        calls = {f"{kind}, {part}": getattr(call, part) for kind, call in bound.items() for part in ("alone", "whole")}
+        calls["half"] = halves[text].bind(q, k, v).whole
         for name, make in PEERS.items():
             try:
                 calls[name] = make(q, k, v, causal)
@@ -376,12 +406,14 @@ def compare(texts):
             except Exception as error:
                 print(f"{name} left out for {text}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
                 calls.pop(name, None)
-        calls["preparation, us"] = running.prepared
+        calls["preparation, us"] = bound["lazy"].prepared
         if shape[2] <= GRAPHS_UP_TO:
             calls = {name: replayed(call) for name, call in calls.items()}
         times = {name: [] for name in calls}
+        order = list(calls.items())
         for _ in range(ROUNDS):
-            for name, call in calls.items():
+            shuffled.shuffle(order)
+            for name, call in order:
                 times[name].append(median_us(call))
         batch, heads, length, head_dim = shape
         operations = 4 * batch * heads * length * length * head_dim / (2 if causal else 1)
@@ -391,7 +423,9 @@ def compare(texts):
             cells.append("-" if us is None else f"{us:.0f}" if name.endswith("us") else f"{operations / us / 1e6:.0f} ({us:.1f})" if length <= GRAPHS_UP_TO else f"{operations / us / 1e6:.0f}")
         print(f"| {text.replace(':', ' ')} | " + " | ".join(cells) + " |", flush=True)
         del calls, q, k, v
-        running.scratch = lazy.scratch = running.o = lazy.o = halves[text].o = None
+        for call in bound.values():
+            call.scratch = call.o = None
+        halves[text].o = None
 
 
 if __name__ == "__main__":

@@ -87,6 +87,15 @@ DEVICE u32 subtract_f16x2(u32 a, u32 b) {
 
 /// 1.0 four times.
 constexpr u32 FOUR_ONES_E4M3 = 0x38383838;
+/// 1 four times.
+constexpr u32 FOUR_ONES_U8 = 0x01010101;
+
+/// Sum over the four bytes of a b, unsigned, plus c. PTX ISA 9.7.1.23, dp4a.
+DEVICE u32 dot_u8(u32 a, u32 b, u32 c) {
+    u32 sum;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
 
 /// Two halves in one word, the first in the lower. PTX ISA 9.7.9.21, cvt.
 DEVICE u32 pack_f16(float a, float b) {

@@ -91,6 +91,34 @@ DEVICE void wgmma_k32_e4m3(i32 (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(static_cast<u32>(accumulate)));
 }
 
+/// T (64 x 64, s32) = A B^T + (accumulate ? T : 0), A (64 x 32) of u8 in registers, B (64 x 32) of u8 in shared memory.
+/// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n64k32.s32.u8.u8.
+DEVICE void wgmma_k32_u8(i32 (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, bool accumulate) {
+    asm volatile(
+        "{ .reg .pred keep; setp.ne.b32 keep, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8\n"
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, \n"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, \n"
+        "{%32, %33, %34, %35}, %36, keep; }"
+        : WGMMA_WORDS_32(d, 0)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(static_cast<u32>(accumulate)));
+}
+
+/// T (64 x 128, s32) = A B^T + (accumulate ? T : 0), A (64 x 32) of u8 in registers, B (128 x 32) of u8 in shared memory.
+/// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n128k32.s32.u8.u8.
+DEVICE void wgmma_k32_u8(i32 (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, bool accumulate) {
+    asm volatile(
+        "{ .reg .pred keep; setp.ne.b32 keep, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.u8\n"
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, \n"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, \n"
+        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, \n"
+        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, \n"
+        "{%64, %65, %66, %67}, %68, keep; }"
+        : WGMMA_WORDS_64(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(static_cast<u32>(accumulate)));
+}
+
 /// T (64 x 8, f32) = A B^T + (accumulate ? T : 0), A (64 x 32) of e4m3 in registers, B (8 x 32) of e4m3 in shared memory.
 /// PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n8k32.f32.e4m3.e4m3.
 template <bool accumulate>

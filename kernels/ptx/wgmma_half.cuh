@@ -34,6 +34,12 @@ DEVICE void wgmma_result(float (&tile)[words]) {
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_FLOATS_192(d) \
+    WGMMA_FLOATS_128(d), WGMMA_FLOATS_8(d, 64), WGMMA_FLOATS_8(d, 72), WGMMA_FLOATS_8(d, 80), WGMMA_FLOATS_8(d, 88)
+#define WGMMA_LIST_192 \
+    WGMMA_LIST_128 ", " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 /// S (64 x 80) = A B^T, A (64 x 16) and B (80 x 16) of f16 in shared memory. PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n80k16.
 DEVICE void wgmma_scores(F16, float (&d)[40], u64 rows, u64 keys, bool accumulate) {
@@ -48,6 +54,14 @@ DEVICE void wgmma_scores(F16, float (&d)[64], const u32 (&q)[4], u64 keys, bool 
     asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" WGMMA_LIST_128 "}, {%64, %65, %66, %67}, %68, keep, 1, 1, 0; }"
                  : WGMMA_FLOATS_128(d)
+                 : "r"(q[0]), "r"(q[1]), "r"(q[2]), "r"(q[3]), "l"(keys), "r"(static_cast<u32>(accumulate)));
+}
+
+/// S (64 x 192) = A B^T, A (64 x 16) of f16 in registers, B (192 x 16) in shared memory. PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n192k16.
+DEVICE void wgmma_scores(F16, float (&d)[96], const u32 (&q)[4], u64 keys, bool accumulate) {
+    asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %101, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" WGMMA_LIST_192 "}, {%96, %97, %98, %99}, %100, keep, 1, 1, 0; }"
+                 : WGMMA_FLOATS_192(d)
                  : "r"(q[0]), "r"(q[1]), "r"(q[2]), "r"(q[3]), "l"(keys), "r"(static_cast<u32>(accumulate)));
 }
 
@@ -83,6 +97,14 @@ DEVICE void wgmma_scores(Bf16, float (&d)[64], const u32 (&q)[4], u64 keys, bool
                  : "r"(q[0]), "r"(q[1]), "r"(q[2]), "r"(q[3]), "l"(keys), "r"(static_cast<u32>(accumulate)));
 }
 
+/// S (64 x 192) = A B^T, A (64 x 16) of bf16 in registers, B (192 x 16) in shared memory. PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n192k16.
+DEVICE void wgmma_scores(Bf16, float (&d)[96], const u32 (&q)[4], u64 keys, bool accumulate) {
+    asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %101, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" WGMMA_LIST_192 "}, {%96, %97, %98, %99}, %100, keep, 1, 1, 0; }"
+                 : WGMMA_FLOATS_192(d)
+                 : "r"(q[0]), "r"(q[1]), "r"(q[2]), "r"(q[3]), "l"(keys), "r"(static_cast<u32>(accumulate)));
+}
+
 /// O (64 x 64) = A B, A (64 x 16) of bf16 in registers, B (16 x 64) in shared memory, read across its rows. PTX ISA 9.7.15.5.2, wgmma.mma_async.m64n64k16.
 DEVICE void wgmma_values(Bf16, float (&d)[32], u32 p0, u32 p1, u32 p2, u32 p3, u64 values, bool accumulate) {
     asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %37, 0;\n"
@@ -106,3 +128,5 @@ DEVICE void wgmma_values(Bf16, float (&d)[64], u32 p0, u32 p1, u32 p2, u32 p3, u
 #undef WGMMA_LIST_80
 #undef WGMMA_FLOATS_128
 #undef WGMMA_LIST_128
+#undef WGMMA_FLOATS_192
+#undef WGMMA_LIST_192

@@ -1,4 +1,4 @@
-// Second launch of the preparation: K to INT8 and V to transposed e4m3, in tiles that the attention kernel copies as they are.
+// Second launch of the preparation: K to INT8 and V to transposed e4m3 or INT8 (quant/v_codes.cuh), in tiles that the attention kernel copies as they are.
 //
 //   K codes = round((k - mean) / scale of its group), groups (key / 128) * 4 + key % 8 / 2     SageAttention2 (2411.10958), equation 8
 //   V codes = round(v / scale of its channel)                                                  same, section 3.2
@@ -11,12 +11,13 @@
 // V tile    HEAD_DIM rows of 128 bytes, swizzled. Within each 16 keys the order is 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: the four neighbours that
 //           the PV GEMM takes from one register are then the keys that the same thread holds in the fragment of S (attn/softmax.cuh).
 //           A thread reads eight channels of the four keys of such a word, encodes eight words, and the block turns them in shared memory.
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH 0 or 1.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH, INT8_PV 0 or 1.
 #include "abi.cuh"
 #include "attn/scales.cuh"
 #include "ptx/sync.cuh"
 #include "quant/operations.cuh"
 #include "quant/residual.cuh"
+#include "quant/v_codes.cuh"
 #include "tile/elements.cuh"
 #include "tile/swizzle.cuh"
 
@@ -139,7 +140,7 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
     wait_for_previous_launch();
     if (threadIdx.x < HEAD_DIM) {
         const float amax = join_pieces<LargestMagnitude>(params.v_maxima, params, place);
-        const Scale scale = scale_from_amax(amax, LARGEST_E4M3);
+        const Scale scale = v_scale_from_amax(amax);
         inverse[threadIdx.x] = scale.inverse;
         if (place.tile == 0) params.v_scales[static_cast<u64>(place.head) * HEAD_DIM + threadIdx.x] = scale.value;
     }
@@ -161,23 +162,25 @@ DEVICE void encode_v(const PrepareParams& params, const Place& place) {
             const float by = inverse[channel];
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i][e] *= by;
-            const u32 word = pack_e4m3(x[0][e], x[1][e], x[2][e], x[3][e]);
+            const u32 word = encode_four_v(x[0][e], x[1][e], x[2][e], x[3][e]);
             turned[channel][chunk * 4 + lane / 8] = word;
-            of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
+            if constexpr (V_RESIDUALS) of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
         }
+        if constexpr (V_RESIDUALS) {
 #pragma unroll
-        for (int pair = 0; pair < OCTET / 2; ++pair) {
-            u32 sum = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
-            // The four lanes that have the other words of these 16 keys.
-            sum = add_f16x2(sum, __shfl_xor_sync(~0u, sum, 8));
-            sum = add_f16x2(sum, __shfl_xor_sync(~0u, sum, 16));
-            if (lane < 8) residual[part % 8][octet * OCTET / 2 + pair] = sum;
+            for (int pair = 0; pair < OCTET / 2; ++pair) {
+                u32 sum = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
+                // The four lanes that have the other words of these 16 keys.
+                sum = add_f16x2(sum, __shfl_xor_sync(~0u, sum, 8));
+                sum = add_f16x2(sum, __shfl_xor_sync(~0u, sum, 16));
+                if (lane < 8) residual[part % 8][octet * OCTET / 2 + pair] = sum;
+            }
         }
     }
     __syncthreads();
 
     const u64 of_all = static_cast<u64>(place.head) * params.tiles + place.tile;
-    if (threadIdx.x < HEAD_DIM / 2) {
+    if (V_RESIDUALS && threadIdx.x < HEAD_DIM / 2) {
         float total[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < TILE_KEYS / 16; ++i) {

@@ -1,26 +1,29 @@
-// Attention with INT8 Q K^T and e4m3 P V on Hopper's warpgroup GEMMs: recipe sage2-i8-f8, SageAttention2 (2411.10958), algorithm 1.
+// Attention with INT8 Q K^T and 8-bit P V on Hopper's warpgroup GEMMs. INT8_PV 0: P V in e4m3, recipe sage2-i8-f8, SageAttention2 (2411.10958),
+// algorithm 1. INT8_PV 1: P V in integers, recipe i8-i8-dyn.
 //
 //   O[b, h, r, :] = softmax_n(scale q_r . k_n) V,   LSE[b, h, r] = ln sum_n exp(scale q_r . k_n)
 //
 // Problem   q, o: [batch, q_heads, q_len, head_dim] of IN_T, strided; K and V as codes from kv_encode. A work: CONSUMERS x 64 rows of one head.
 // Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
-//           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits).
+//           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits). INT8_PV: T is exact in s32, and read as f32 as it
+//           is (attn/softmax_u8.cuh).
 // Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
 //           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles in order, the masked
 //           ones last, in a loop of their own.
-// Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1).
-// V         what its rounding took away is added back to O as a mean over the tiles that a warpgroup's rows see: a spare warp of the producer's adds
+// Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1); dot products with ones (INT8_PV).
+// V         INT8_PV 0: what its rounding took away is added back to O as a mean over the tiles that a warpgroup's rows see: a spare warp of the producer's adds
 //           the tiles' residuals up meanwhile and leaves the mean in the warpgroup's slab of Q, once that has been read for the last time.
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 //           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
 //           Where O does not shrink and S and T fit side by side (RUNNING_MAX 0, HEAD_DIM 64), T takes in four tiles before it is added to O, and
-//           there are no turns: exponentials bound that shape, whatever the order.
+//           there are no turns: exponentials bound that shape, whatever the order. Nor are there with INT8_PV: faster or level without.
 // Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | ones [8 x 32] | K scales [STAGES][4] f32 |
 //           barriers | works
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE, RUNNING_MAX 0 or 1; CONSUMERS and STAGES as in README.md.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; RUNNING_MAX 0 or 1, with INT8_PV 1; CONSUMERS and STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax.cuh"
+#include "attn/softmax_u8.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/wgmma.cuh"
 #include "quant/q_rows.cuh"
@@ -52,6 +55,9 @@ using Partial = i32[PANEL_WORDS];
 
 /// S and T have registers of their own, so that both GEMMs of a step are under way together.
 constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
+static_assert(RUNNING_MAX || !INT8_PV, "u8 P is relative to its tile's maximum");
+/// Whether warpgroups take turns.
+constexpr bool TURNS = !APART && !INT8_PV;
 /// Tiles that T takes in before it is added to O, where they are apart. The tensor core keeps fewer bits than f32; up to 16 tiles no error was seen to
 /// come of that here (docs/kernels/attn_i8_f8_sm90.md).
 constexpr int TILES_OF_PARTIAL = 4;
@@ -160,7 +166,11 @@ DEVICE void multiply_pv(Partial& partial, const u32 (&p)[16], u64 v, bool more =
     const auto multiply = [&](auto slice) {
         constexpr int n = decltype(slice)::value;
         const u64 keys = descriptor_at(v, slice_offset<PANEL, TILE_KEYS>(n));
-        wgmma_k32_e4m3(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0 || more);
+        if constexpr (INT8_PV) {
+            wgmma_k32_u8(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0);
+        } else {
+            wgmma_k32_e4m3(partial, p[4 * n], p[4 * n + 1], p[4 * n + 2], p[4 * n + 3], keys, n > 0 || more);
+        }
     };
     static_assert(TILE_KEYS == 4 * 32, "four slices");
     multiply(Constant<0>{});
@@ -288,47 +298,51 @@ DEVICE void prefetch_q(const AttnParams& params, const Work& work) {
     }
 }
 
-/// A warp's way through the works, ahead of the consumers: Q towards L2; and for each warpgroup, what rounding took from V, as a mean over the keys of the
-/// tiles that its rows see.
-DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
+/// For each warpgroup, what rounding took from V, as a mean over the keys of the tiles that its rows see, by a warp.
+DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline, const Work& work, WorkCursor work_at) {
     constexpr int CHANNELS = HEAD_DIM / 32;
     constexpr int VECTOR = CHANNELS < 4 ? CHANNELS : 4;
     /// Tiles whose loads are in flight together: as many as the producer's few registers hold, and still faster than tiles are multiplied.
     constexpr int AHEAD = 8 / CHANNELS;
     const u32 first_channel = threadIdx.x % 32 * VECTOR;
+    const float* from = params.v_residuals + static_cast<u64>(work.kv_head) * params.tiles * HEAD_DIM + first_channel;
+    float sum[CHANNELS] = {};
+    int tile = 0;
+    for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+        const int tiles = visible_tiles(params, work.row + warpgroup * ROWS);
+#pragma unroll AHEAD
+        for (; tile < tiles; ++tile, from += HEAD_DIM) {
+#pragma unroll
+            for (int i = 0; i < CHANNELS; i += VECTOR) {
+                float x[VECTOR];
+                load_floats(x, from + 32 * i);
+#pragma unroll
+                for (int e = 0; e < VECTOR; ++e) sum[i + e] += x[e];
+            }
+        }
+        const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
+        const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
+        const ResidualRing ring = pipeline.residual(warpgroup);
+        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i += 2) {
+            const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
+            const u32 to = pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES + channel * sizeof(float);
+            store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
+        }
+        mbarrier_arrive(ring.full(0));
+    }
+}
+
+/// A warp's way through the works, ahead of the consumers: Q towards L2, and V's mean residuals.
+DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
     WorkCursor work_at;
     for (;; work_at.advance()) {
         pipeline.work().wait(work_at);
         const Work work = work_in_slot(pipeline, work_at);
         if (work.batch >= params.batch) return;
         prefetch_q(params, work);
-        const float* from = params.v_residuals + static_cast<u64>(work.kv_head) * params.tiles * HEAD_DIM + first_channel;
-        float sum[CHANNELS] = {};
-        int tile = 0;
-        for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
-            const int tiles = visible_tiles(params, work.row + warpgroup * ROWS);
-#pragma unroll AHEAD
-            for (; tile < tiles; ++tile, from += HEAD_DIM) {
-#pragma unroll
-                for (int i = 0; i < CHANNELS; i += VECTOR) {
-                    float x[VECTOR];
-                    load_floats(x, from + 32 * i);
-#pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) sum[i + e] += x[e];
-                }
-            }
-            const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
-            const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
-            const ResidualRing ring = pipeline.residual(warpgroup);
-            mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity ^ 1);
-#pragma unroll
-            for (int i = 0; i < CHANNELS; i += 2) {
-                const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
-                const u32 to = pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES + channel * sizeof(float);
-                store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
-            }
-            mbarrier_arrive(ring.full(0));
-        }
+        if constexpr (V_RESIDUALS) average_residuals(params, pipeline, work, work_at);
     }
 }
 
@@ -359,7 +373,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
     float normalize[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float sum = RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
+        const float sum = INT8_PV ? quad_sum(rows.sum[h]) : RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
         any[h] = sum > 0.f;
         normalize[h] = any[h] ? __fdividef(1.f, sum) : 0.f;
         o_row[h] = query_row(params, params.o, params.o_stride, work, first_row + row_of_thread(h));
@@ -372,7 +386,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             load_shared_floats(scale[i], v_scales + (first + 4 * i) * sizeof(float));
-            load_shared_floats(residual[i], residuals + (first + 4 * i) * sizeof(float));
+            if constexpr (V_RESIDUALS) load_shared_floats(residual[i], residuals + (first + 4 * i) * sizeof(float));
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -380,7 +394,8 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
 #pragma unroll
             for (int i = 0; i < OCTET; ++i) {
                 const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
-                x[i] = fmaf(sum, normalize[h], !CAUSAL || any[h] ? residual[i / 4][i % 4] : 0.f) * scale[i / 4][i % 4];
+                const float addend = V_RESIDUALS ? residual[i / 4][i % 4] : -V_OFFSET;
+                x[i] = fmaf(sum, normalize[h], !CAUSAL || any[h] ? addend : 0.f) * scale[i / 4][i % 4];
             }
             // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there.
             store_finite_octet(IN_T{}, o_row[h], x, first, params.head_dim);
@@ -396,7 +411,7 @@ DEVICE void store_lse(const AttnParams& params, const Work& work, i32 first_row,
         const u32 row = first_row + row_of_thread(h);
         const float sum = quad_sum(rows.unrounded[h]);
         const float mean_part = mean_logit(params, work, query_row(params, params.q, params.q_stride, work, row), lane);
-        const float logarithm = sum > 0.f ? (rows.reference[h] + log2_approx(sum)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
+        const float logarithm = sum > 0.f ? (rows.reference[h] + (log2_approx(sum) - UNROUNDED_LOG2)) * LN_2 + mean_part : -__int_as_float(0x7f800000);
         if (row < params.q_len && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
     }
 }
@@ -409,13 +424,15 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
     const u64 v_stages = operand_descriptor<TILE_KEYS>(pipeline.shared + V_AT);
     const u64 ones = operand_descriptor<32>(pipeline.shared + ONES_AT);
-    const Turns<CONSUMERS, !APART> turns{static_cast<u32>(warpgroup)};
+    const Turns<CONSUMERS, TURNS> turns{static_cast<u32>(warpgroup)};
     const ResidualRing residual_ring = pipeline.residual(warpgroup);
     StageCursor k_at, v_at;
     WorkCursor work_at;
     Scores scores;
     // What turns a score times a K scale into a base-2 logit; a score of the current tile.
     float q_multiplier = 0.f, multiplier = 0.f;
+    // INT8_PV: whether a logit of this warp's may be so large that P must be kept in range.
+    bool may_be_coarse = false;
     // The work's first scores have been computed behind the last tile of the work before.
     bool begun = false;
     turns.open();
@@ -427,7 +444,9 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     };
     const auto k_multiplier = [&]() {
         const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
-        return fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
+        const float c = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
+        if constexpr (INT8_PV) may_be_coarse = any_lane(c > LARGEST_FINE_MULTIPLIER);
+        return c;
     };
 
     for (;; work_at.advance()) {
@@ -444,10 +463,12 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         RowState rows;
         // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where that is rare.
         float shrink[2] = {1.f, 1.f};
+        // INT8_PV: by which the tile's T is multiplied.
+        float weight[2];
 
         const auto add_pv = [&](const u32 (&p)[16], auto panel) {
             constexpr int n = decltype(panel)::value;
-            constexpr bool with_sums = RUNNING_MAX && n == PANELS - 1;
+            constexpr bool with_sums = RUNNING_MAX && !INT8_PV && n == PANELS - 1;
             i32 sums[4];
             wgmma_fence();
             if constexpr (with_sums) multiply_p_ones(sums, p, ones);
@@ -460,7 +481,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             for (int i = 0; i < PANEL_WORDS; ++i) {
                 float& sum = output[n * PANEL_WORDS + i];
                 const float addend = __int_as_float(partial[i]);
-                sum = RUNNING_MAX ? fmaf(sum, shrink[fragment_row(i)], addend) : sum + addend;
+                const int row = fragment_row(i);
+                sum = INT8_PV ? fmaf(addend, weight[row], sum) : RUNNING_MAX ? fmaf(sum, shrink[row], addend) : sum + addend;
             }
             if constexpr (with_sums) {
 #pragma unroll
@@ -500,7 +522,31 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             float unrounded[2];
             Logits logits;
             if constexpr (is_masked) last_columns(last, tile);
-            if constexpr (RUNNING_MAX) {
+            if constexpr (INT8_PV) {
+                TileMaximum maximum;
+                u32 sums[2];
+                const auto step = [&](auto coarse) {
+                    i32 top[2];
+                    largest_scores<is_masked>(top, scores, last);
+                    scores_to_float(logits, scores);
+                    maximum = {largest_logit<is_masked>(to_float(top[0]), multiplier), largest_logit<is_masked>(to_float(top[1]), multiplier)};
+                    exponentials_u8<is_masked, decltype(coarse)::value>(p, sums, unrounded, logits, multiplier, maximum, last);
+                };
+                if (may_be_coarse) {
+                    // Other numbers for all the compiler knows: conversions that both ways share it makes ahead of the branch, and not beside the exponentials.
+#pragma unroll
+                    for (auto& part : scores) wgmma_result(part);
+                    step(Constant<true>{});
+                } else {
+                    step(Constant<false>{});
+                }
+                if (any_lane(maximum.is_far(rows))) {
+                    maximum.raise_reference(shrink, rows);
+#pragma unroll
+                    for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= shrink[fragment_row(i)];
+                }
+                add_sums(rows, weight, maximum, sums, unrounded);
+            } else if constexpr (RUNNING_MAX) {
                 i32 top[2];
                 largest_scores<is_masked>(top, scores, last);
                 scores_to_float(logits, scores);
@@ -613,10 +659,10 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const Work done = work_in_slot(pipeline, work_at);
         // LSE first: it reads Q again, and O takes the registers that it needs.
         if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
-        residual_ring.wait(residual_of_work(work_at));
+        if constexpr (V_RESIDUALS) residual_ring.wait(residual_of_work(work_at));
         store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES,
                      pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES, output, rows);
-        residual_ring.release({}, true);
+        if constexpr (V_RESIDUALS) residual_ring.release({}, true);
         // Tiles that only later warpgroups of the block see.
         for (const int tiles = tiles_of_work(params, done); tile < tiles; ++tile) {
             k_ring.wait(k_at);
@@ -633,7 +679,12 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     turns.close();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_i8_f8_sm90(const __grid_constant__ AttnParams params) {
+#if INT8_PV
+#define ENTRY attn_i8_i8_sm90
+#else
+#define ENTRY attn_i8_f8_sm90
+#endif
+extern "C" __global__ void __launch_bounds__(THREADS, 1) ENTRY(const __grid_constant__ AttnParams params) {
     extern __shared__ __align__(1024) u8 dynamic_shared[];
     const Pipeline pipeline{shared_address(dynamic_shared)};
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);

@@ -1,4 +1,4 @@
-// The preparation in one launch: K to INT8 and V to transposed e4m3, each read from memory once.
+// The preparation in one launch: K to INT8 and V to transposed e4m3 or INT8 (quant/v_codes.cuh), each read from memory once.
 //
 //   K codes = round((k - mean) / scale of its group), groups (key / 128) * 4 + key % 8 / 2     SageAttention2 (2411.10958), equation 8
 //   V codes = round(v / scale of its channel)                                                  same, section 3.2
@@ -17,7 +17,7 @@
 //           from L2 as long as all that is under way fits there.
 // In a slot 16-byte chunk c of key n lies at chunk c ^ x(n) (`mixed`): neither eight chunks of a key nor one chunk of the eight keys that a V
 //           word's lanes read meet in a bank.
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH 0, 1; SLOTS; BLOCKS of a multiprocessor, which share its memory and registers.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; SMOOTH, INT8_PV 0, 1; SLOTS; BLOCKS of a multiprocessor, which share its memory and registers.
 #include "abi.cuh"
 #include "attn/scales.cuh"
 #include "ptx/async_copy.cuh"
@@ -25,6 +25,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
 #include "quant/residual.cuh"
+#include "quant/v_codes.cuh"
 #include "tile/elements.cuh"
 #include "tile/swizzle.cuh"
 
@@ -296,13 +297,16 @@ DEVICE void encode_v(const PrepareParams& params, const Shared& shared, u32 slot
             const float by = shared.of_head[octet * OCTET + e];
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i][e] *= by;
-            const u32 word = pack_e4m3(x[0][e], x[1][e], x[2][e], x[3][e]);
+            const u32 word = encode_four_v(x[0][e], x[1][e], x[2][e], x[3][e]);
             store_4_bytes(codes + swizzled<HEAD_DIM, TILE_KEYS>(row_of_channel(octet * OCTET + e), lane * 4), word);
-            of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
+            if constexpr (V_RESIDUALS) of_channel[e] = residual_of_word(x[0][e], x[1][e], x[2][e], x[3][e], word);
         }
+        if constexpr (V_RESIDUALS) {
 #pragma unroll
-        for (int pair = 0; pair < OCTET / 2; ++pair) residual[part * OCTET / 2 + pair] = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
+            for (int pair = 0; pair < OCTET / 2; ++pair) residual[part * OCTET / 2 + pair] = join_halves(of_channel[2 * pair], of_channel[2 * pair + 1]);
+        }
     }
+    if constexpr (!V_RESIDUALS) return;
     constexpr u32 PAIRS = V_OCTETS * OCTET / 2, SHARERS = 32 / PAIRS;
     float sum[2];
     unpack_f16(sum_over_warp(residual), sum[0], sum[1]);
@@ -400,7 +404,7 @@ struct Block {
             LargestOfKeys statistic;
             collect(statistic);
             exchange(statistic, rank, parity, [&](float amax, u32 channel, bool writes) {
-                const Scale scale = scale_from_amax(amax, LARGEST_E4M3);
+                const Scale scale = v_scale_from_amax(amax);
                 if (writes) params.v_scales[row + channel] = scale.value;
                 return scale.inverse;
             });

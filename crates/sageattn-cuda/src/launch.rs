@@ -42,7 +42,7 @@ unsafe impl Params for PrepareParams {
 // SAFETY: nine device addresses, six i64, nine u32, one f32, one i64, one device address: 176 bytes
 // without padding, as AttnParams in abi.cuh; compiling a kernel checks size and offsets.
 unsafe impl Params for AttnParams {
-    const ENTRIES: &'static [&'static str] = &["attn_i8_f8_sm90"];
+    const ENTRIES: &'static [&'static str] = &["attn_i8_f8_sm90", "attn_i8_i8_sm90"];
     const FIELDS: &'static [(&'static str, usize)] = fields! {
         q o lse k_codes v_codes k_scales v_scales v_residuals k_mean q_stride o_stride batch q_heads
         q_heads_per_kv_head q_len kv_len head_dim tiles row_blocks works softmax_scale diagonal next_work

@@ -63,7 +63,7 @@ use crate::launch::{Kernel, Params};
 use crate::plan::half::{self, HalfChoice};
 use crate::plan::{Choice, CudaPlan, Machine, Preparation, Prepared, Stages};
 pub use crate::plan::{RowMaximum, variants};
-pub use crate::variant::{Attend, Half, HalfTile, Prepare, PrepareOnce, Variant, WIDTHS};
+pub use crate::variant::{Attend, Half, HalfTile, Prepare, PrepareOnce, PvCodes, Variant, WIDTHS};
 
 const NAME: &str = "cuda";
 
@@ -223,7 +223,7 @@ impl Cuda {
             let prepared = match choice.prepare {
                 Preparation::Twice(variant) => Prepared::Twice {
                     variant,
-                    statistics: kernel(Variant::Statistics(variant), 0)?,
+                    statistics: kernel(Variant::Statistics(variant.statistics()), 0)?,
                     encode: kernel(Variant::Encode(variant), 0)?,
                 },
                 Preparation::Once {

@@ -4,7 +4,7 @@ use sageattn_core::scratch::{Scratch, ScratchType};
 use sageattn_core::{Align, DType, Mask, Outputs, Problem, Recipe, Smooth};
 use sageattn_kernels::abi::{K_GROUPS, TILE_KEYS, WARPGROUP_ROWS};
 
-use crate::variant::{Attend, Prepare, Variant, WIDTHS};
+use crate::variant::{Attend, Prepare, PvCodes, Variant, WIDTHS};
 
 pub(crate) mod half;
 mod prepare;
@@ -99,11 +99,16 @@ pub(crate) fn choose(
 ) -> Result<Choice, Vec<String>> {
     let shape = problem.shape();
     let mut missing = Vec::new();
-    if recipe.with_smooth(Smooth::Mean) != Recipe::SAGE2_I8_F8 {
-        missing.push(format!(
-            "recipe {recipe}: this version has sage2-i8-f8 and half"
-        ));
-    }
+    let pv = match recipe.with_smooth(Smooth::Mean) {
+        Recipe::SAGE2_I8_F8 => PvCodes::E4m3,
+        Recipe::I8_I8_DYN => PvCodes::Int8,
+        _ => {
+            missing.push(format!(
+                "recipe {recipe}: this version has sage2-i8-f8, i8-i8-dyn and half"
+            ));
+            PvCodes::E4m3
+        }
+    };
     let (causal, diagonal) = diagonal(problem, &mut missing);
 
     let head_dim = small(shape.head_dim);
@@ -119,6 +124,7 @@ pub(crate) fn choose(
         dtype: problem.dtype(),
         smooth: recipe.smooth != Smooth::Off,
         cut,
+        pv,
     };
     let (prepare, pieces, tiles_per_piece) = preparation(prepare, batch * kv_heads, tiles, machine);
     let samples = match recipe.smooth {
@@ -149,7 +155,9 @@ pub(crate) fn choose(
             causal,
             lse: problem.outputs() == Outputs::OAndLse,
             cut,
-            running_max: machine.row_maximum.unwrap_or(row_maximum(kv_len)) == RowMaximum::Running,
+            pv,
+            running_max: pv == PvCodes::Int8
+                || machine.row_maximum.unwrap_or(row_maximum(kv_len)) == RowMaximum::Running,
             consumers,
             stages,
         },
@@ -224,27 +232,41 @@ pub fn variants() -> Vec<Variant> {
         let dtypes = DType::ALL.into_iter();
         dtypes.flat_map(move |dtype| [false, true].map(|cut| (width, dtype, cut)))
     }) {
-        for smooth in [false, true] {
+        for (smooth, pv) in [false, true]
+            .into_iter()
+            .flat_map(|smooth| [PvCodes::E4m3, PvCodes::Int8].map(|pv| (smooth, pv)))
+        {
             let prepare = Prepare {
                 width,
                 dtype,
                 smooth,
                 cut,
+                pv,
             };
-            variants.extend([Variant::Statistics(prepare), Variant::Encode(prepare)]);
+            variants.push(Variant::Encode(prepare));
+            if pv == PvCodes::E4m3 {
+                // Largest magnitudes of V are the same for both.
+                variants.push(Variant::Statistics(prepare));
+            }
             if !cut {
                 variants.extend(once(&prepare).map(Variant::PrepareOnce));
             }
         }
         for (causal, lse) in [(false, false), (false, true), (true, false), (true, true)] {
             let (consumers, stages) = tile(width);
-            variants.extend([true, false].map(|running_max| {
+            let kinds = [
+                (PvCodes::E4m3, true),
+                (PvCodes::E4m3, false),
+                (PvCodes::Int8, true),
+            ];
+            variants.extend(kinds.map(|(pv, running_max)| {
                 Variant::Attend(Attend {
                     width,
                     dtype,
                     causal,
                     lse,
                     cut,
+                    pv,
                     running_max,
                     consumers,
                     stages,
@@ -263,6 +285,7 @@ pub(crate) struct Ranges {
     pub(crate) v_maxima: u64,
     pub(crate) k_mean: u64,
     pub(crate) v_scales: u64,
+    /// Where V becomes e4m3.
     pub(crate) v_residuals: u64,
     pub(crate) k_scales: u64,
     pub(crate) k_codes: u64,
@@ -288,12 +311,16 @@ impl Choice {
             k_scales: push("k_tile_scales", ScratchType::F32, &[self.tiles, K_GROUPS]),
             k_codes: push("k_tiles", ScratchType::Bytes, &codes),
             v_scales: push("v_scales", ScratchType::F32, &[width]),
-            v_residuals: push("v_tile_residuals", ScratchType::F32, &[self.tiles, width]),
             v_codes: push("v_tiles", ScratchType::Bytes, &codes),
+            v_residuals: 0,
             k_sums: 0,
             v_maxima: 0,
             next_work: 0,
         };
+        if self.attend.pv == PvCodes::E4m3 {
+            let rows = [self.tiles, width];
+            ranges.v_residuals = push("v_tile_residuals", ScratchType::F32, &rows);
+        }
         if let Preparation::Twice(_) = self.prepare {
             let rows = [self.pieces, width];
             ranges.k_sums = push("k_sums", ScratchType::F32, &rows);

@@ -25,6 +25,31 @@ pub enum Variant {
     Half(Half),
 }
 
+/// What P V is multiplied in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PvCodes {
+    /// P and V in e4m3: recipe `sage2-i8-f8`.
+    E4m3,
+    /// P in unsigned 8-bit integers, each tile's relative to its own maximum, V in 8-bit integers: recipe
+    /// `i8-i8-dyn`.
+    Int8,
+}
+
+impl PvCodes {
+    /// Constant `INT8_PV` of the kernels.
+    fn define(self) -> (&'static str, String) {
+        ("INT8_PV", u8::from(self == Self::Int8).to_string())
+    }
+
+    /// What names of kernels that make these codes say.
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::E4m3 => "",
+            Self::Int8 => "_i8",
+        }
+    }
+}
+
 /// The constants of the two kernels that quantize K and V.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Prepare {
@@ -36,6 +61,8 @@ pub struct Prepare {
     pub smooth: bool,
     /// Whether the head dimension is no multiple of eight: its last channels are loaded one by one.
     pub cut: bool,
+    /// What V becomes.
+    pub pv: PvCodes,
 }
 
 /// The constants of the kernel that reads K and V once.
@@ -51,6 +78,8 @@ pub struct PrepareOnce {
     pub slots: u32,
     /// Blocks that a multiprocessor holds.
     pub blocks: u32,
+    /// What V becomes.
+    pub pv: PvCodes,
 }
 
 /// The constants of the attention kernel.
@@ -66,7 +95,10 @@ pub struct Attend {
     pub lse: bool,
     /// Whether the head dimension is no multiple of eight.
     pub cut: bool,
-    /// Whether P follows each row's running maximum tile by tile: less error, less speed.
+    /// What P and V are multiplied in.
+    pub pv: PvCodes,
+    /// Whether P in e4m3 follows each row's running maximum tile by tile: less error, less speed. P in
+    /// integers always follows maxima.
     pub running_max: bool,
     /// Warpgroups that multiply, 64 rows of Q each.
     pub consumers: u32,
@@ -118,7 +150,7 @@ impl Variant {
             Self::Statistics(prepare) => format!("kv_statistics_{}", prepare.suffix()),
             Self::Encode(prepare) => format!("kv_encode_{}", prepare.suffix()),
             Self::PrepareOnce(once) => format!("kv_prepare_sm90_{}", once.suffix()),
-            Self::Attend(attend) => format!("attn_i8_f8_sm90_{}", attend.suffix()),
+            Self::Attend(attend) => format!("{}_{}", self.entry(), attend.suffix()),
             Self::Half(half) => format!("attn_half_sm90_{}", half.suffix()),
         }
     }
@@ -140,7 +172,10 @@ impl Variant {
             Self::Statistics(_) => "kv_statistics",
             Self::Encode(_) => "kv_encode",
             Self::PrepareOnce(_) => "kv_prepare_sm90",
-            Self::Attend(_) => "attn_i8_f8_sm90",
+            Self::Attend(attend) => match attend.pv {
+                PvCodes::E4m3 => "attn_i8_f8_sm90",
+                PvCodes::Int8 => "attn_i8_i8_sm90",
+            },
             Self::Half(_) => "attn_half_sm90",
         }
     }
@@ -153,6 +188,7 @@ impl Variant {
                 ("IN_T", type_name(prepare.dtype).to_owned()),
                 ("SMOOTH", u8::from(prepare.smooth).to_string()),
                 ("CUT_OCTET", u8::from(prepare.cut).to_string()),
+                prepare.pv.define(),
             ],
             Self::PrepareOnce(once) => vec![
                 ("HEAD_DIM", once.width.to_string()),
@@ -162,6 +198,7 @@ impl Variant {
                 ("BLOCKS", once.blocks.to_string()),
                 // Only sampled keys are loaded by octets: not worth a variant.
                 ("CUT_OCTET", "1".to_owned()),
+                once.pv.define(),
             ],
             Self::Attend(attend) => vec![
                 ("HEAD_DIM", attend.width.to_string()),
@@ -169,6 +206,7 @@ impl Variant {
                 ("CAUSAL", u8::from(attend.causal).to_string()),
                 ("LSE", u8::from(attend.lse).to_string()),
                 ("CUT_OCTET", u8::from(attend.cut).to_string()),
+                attend.pv.define(),
                 ("RUNNING_MAX", u8::from(attend.running_max).to_string()),
                 ("CONSUMERS", attend.consumers.to_string()),
                 ("STAGES", attend.stages.to_string()),
@@ -280,6 +318,14 @@ impl Variant {
 }
 
 impl Prepare {
+    /// The first of the two launches: the same whatever V becomes.
+    pub(crate) const fn statistics(self) -> Self {
+        Self {
+            pv: PvCodes::E4m3,
+            ..self
+        }
+    }
+
     fn suffix(&self) -> String {
         let mut suffix = format!("d{}_{}", self.width, self.dtype);
         if self.smooth {
@@ -288,6 +334,7 @@ impl Prepare {
         if self.cut {
             suffix.push_str("_cut");
         }
+        suffix.push_str(self.pv.suffix());
         suffix
     }
 }
@@ -298,6 +345,7 @@ impl PrepareOnce {
         if self.smooth {
             suffix.push_str("_smooth");
         }
+        suffix.push_str(self.pv.suffix());
         suffix.push_str(&format!("_s{}b{}", self.slots, self.blocks));
         suffix
     }
@@ -317,7 +365,7 @@ fn attention(width: u32, dtype: DType, causal: bool, lse: bool, cut: bool) -> St
 impl Attend {
     fn suffix(&self) -> String {
         let mut suffix = attention(self.width, self.dtype, self.causal, self.lse, self.cut);
-        if self.running_max {
+        if self.running_max && self.pv == PvCodes::E4m3 {
             suffix.push_str("_max");
         }
         suffix.push_str(&format!("_c{}s{}", self.consumers, self.stages));

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use sageattn_core::Error;
 use sageattn_cuda::compile::{Cache, Nvrtc};
-use sageattn_cuda::{Variant, variants};
+use sageattn_cuda::{PvCodes, Variant, variants};
 
 type Test = Box<dyn Fn(&Nvrtc) -> Result<(), Failed> + Send>;
 
@@ -112,12 +112,19 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
     let lines = |test: &dyn Fn(&str) -> bool| sass.lines().filter(|line| test(line)).count();
     let count = |name: &str| lines(&|line| line.contains(name));
     match variant {
-        Variant::Attend(_) => {
-            // INT8 Q K^T and e4m3 P V on the tensor cores, tiles by the copy engine.
-            for name in ["IGMMA", "QGMMA", "UBLKCP"] {
+        Variant::Attend(attend) => {
+            // INT8 Q K^T, and P V in e4m3 or unsigned integers, on the tensor cores; tiles by the copy engine.
+            let pv = match attend.pv {
+                PvCodes::E4m3 => "QGMMA",
+                PvCodes::Int8 => ".U8.U8",
+            };
+            for name in ["IGMMA", pv, "UBLKCP"] {
                 if count(name) == 0 {
                     return Err(format!("no {name} in the machine code"));
                 }
+            }
+            if attend.pv == PvCodes::Int8 {
+                check_integers(sass)?;
             }
         }
         Variant::Half(half) => {
@@ -174,6 +181,21 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Where T is not read as floats, it is converted beside the 64 scores and two maxima of a tile; and a multiply-add
+/// that took subnormals as zero would lose it.
+fn check_integers(sass: &str) -> Result<(), String> {
+    // With a mask and without, in a loop and last of a work, each for small and for large logits.
+    let tiles = 8;
+    let conversions = sass.lines().filter(|line| line.contains("I2FP")).count();
+    if conversions > tiles * 68 {
+        return Err(format!("{conversions} conversions of integers"));
+    }
+    match sass.lines().find(|line| line.contains("FFMA.FTZ")) {
+        None => Ok(()),
+        Some(line) => Err(format!("subnormals are taken as zero: {line}")),
+    }
 }
 
 /// Exponentials between the wait for the scores, with P V in flight, and the wait for P V.

@@ -110,6 +110,7 @@ impl Way {
             smooth: prepare.smooth,
             slots: self.slots,
             blocks: self.blocks,
+            pv: prepare.pv,
         }
     }
 }

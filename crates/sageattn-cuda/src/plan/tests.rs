@@ -2,9 +2,11 @@ use std::collections::HashSet;
 use std::num::NonZeroU32;
 
 use sageattn_core::Shape;
+use sageattn_kernels::abi::{AttnParams, HalfParams, PrepareParams};
 
 use super::*;
 use crate::buffer::Tensor;
+use crate::launch::Params;
 use crate::{attend_half, attend_sm90, quantize};
 
 const H100: Machine = Machine {
@@ -129,12 +131,13 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                             dtype,
                         );
                         let problem = problem.unwrap();
-                        let recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
-                        for (q_len, maximum, largest_cluster) in [
-                            (1, RowMaximum::Running, 16),
-                            (1, RowMaximum::Lazy, 0),
-                            (9999, RowMaximum::Running, 0),
-                            (9999, RowMaximum::Lazy, 16),
+                        for (recipe, q_len, maximum, largest_cluster) in [
+                            (Recipe::SAGE2_I8_F8, 1, RowMaximum::Running, 16),
+                            (Recipe::SAGE2_I8_F8, 1, RowMaximum::Lazy, 0),
+                            (Recipe::SAGE2_I8_F8, 9999, RowMaximum::Running, 0),
+                            (Recipe::SAGE2_I8_F8, 9999, RowMaximum::Lazy, 16),
+                            (Recipe::I8_I8_DYN, 1, RowMaximum::Lazy, 0),
+                            (Recipe::I8_I8_DYN, 9999, RowMaximum::Lazy, 16),
                         ] {
                             let shape = Shape {
                                 q_len,
@@ -147,11 +150,15 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
                                 largest_cluster,
                                 ..H100
                             };
+                            let recipe = recipe.with_smooth(smooth);
                             let choice = choose(&problem, &recipe, machine).unwrap();
                             met.insert(Variant::Attend(choice.attend));
                             met.extend(match choice.prepare {
                                 Preparation::Twice(prepare) => {
-                                    vec![Variant::Statistics(prepare), Variant::Encode(prepare)]
+                                    vec![
+                                        Variant::Statistics(prepare.statistics()),
+                                        Variant::Encode(prepare),
+                                    ]
                                 }
                                 Preparation::Once { variant, .. } => {
                                     vec![Variant::PrepareOnce(variant)]
@@ -165,6 +172,39 @@ fn every_choice_is_among_the_variants_that_tests_compile() {
     }
     let quantized = |variant: &Variant| !matches!(variant, Variant::Half(_));
     assert_eq!(met, known.into_iter().filter(quantized).collect());
+}
+
+#[test]
+fn entry_points_take_what_they_are_given() {
+    for variant in variants() {
+        let entries = match variant {
+            Variant::Statistics(_) | Variant::Encode(_) | Variant::PrepareOnce(_) => {
+                PrepareParams::ENTRIES
+            }
+            Variant::Attend(_) => AttnParams::ENTRIES,
+            Variant::Half(_) => HalfParams::ENTRIES,
+        };
+        assert!(entries.contains(&variant.entry()), "{}", variant.name());
+    }
+}
+
+#[test]
+fn integers_follow_their_maximum_whatever_the_caller_wants_for_e4m3() {
+    let machine = Machine {
+        row_maximum: Some(RowMaximum::Lazy),
+        ..H100
+    };
+    let problem = Problem::new(shape(), DType::BF16).unwrap();
+    let choice = choose(&problem, &Recipe::I8_I8_DYN, machine).unwrap();
+    assert!(choice.attend.running_max);
+    let name = Variant::Attend(choice.attend).name();
+    assert_eq!(name, "attn_i8_i8_sm90_d128_bf16_cut_c3s5");
+    let name = Variant::Encode(twice(&choice)).name();
+    assert_eq!(name, "kv_encode_d128_bf16_smooth_cut_i8");
+    // Nothing is added up that nothing reads.
+    let (scratch, _) = choice.scratch();
+    let names: Vec<&str> = scratch.ranges().iter().map(|range| range.name).collect();
+    assert!(!names.contains(&"v_tile_residuals"), "{names:?}");
 }
 
 #[test]

@@ -26,15 +26,15 @@ pub(crate) const TESTS: &[Test] = &[
 
 fn head_dims(cuda: &Cuda) -> Result<(), Failed> {
     for head_dim in [1, 20, 64, 72, 100, 128, 160, 250, 256] {
-        Call::new(gqa(130, 200, head_dim), DType::F16).check(cuda)?;
+        Call::new(gqa(130, 200, head_dim), DType::F16).check_quantized(cuda)?;
     }
     Ok(())
 }
 
 fn lengths(cuda: &Cuda) -> Result<(), Failed> {
     for len in [1, 15, 63, 64, 65, 127, 128, 129, 192, 193, 513] {
-        Call::new(gqa(len, 300, 64), DType::F16).check(cuda)?;
-        Call::new(gqa(70, len, 128), DType::F16).check(cuda)?;
+        Call::new(gqa(len, 300, 64), DType::F16).check_quantized(cuda)?;
+        Call::new(gqa(70, len, 128), DType::F16).check_quantized(cuda)?;
     }
     Ok(())
 }
@@ -46,7 +46,7 @@ fn masks(cuda: &Cuda) -> Result<(), Failed> {
                 Call::new(gqa(q_len, kv_len, head_dim), DType::F16)
                     .with(|problem| problem.with_mask(Mask::Causal(align)))
                     .with(|problem| problem.with_outputs(Outputs::OAndLse))
-                    .check(cuda)?;
+                    .check_quantized(cuda)?;
             }
         }
     }
@@ -58,7 +58,7 @@ fn types_and_outputs(cuda: &Cuda) -> Result<(), Failed> {
         for head_dim in [60, 64, 128, 250, 256] {
             Call::new(gqa(150, 190, head_dim), dtype)
                 .with(|problem| problem.with_outputs(Outputs::OAndLse))
-                .check(cuda)?;
+                .check_quantized(cuda)?;
         }
     }
     Ok(())
@@ -69,14 +69,14 @@ fn scales_and_smoothing(cuda: &Cuda) -> Result<(), Failed> {
         Call::new(gqa(150, 190, 64), DType::F16)
             .with(|problem| problem.with_softmax_scale(scale).unwrap())
             .with(|problem| problem.with_outputs(Outputs::OAndLse))
-            .check(cuda)?;
+            .check_quantized(cuda)?;
     }
     let sampled = NonZeroU32::new(50).map(Smooth::Sampled).unwrap();
     for smooth in [Smooth::Off, sampled] {
         let mut call = Call::new(gqa(150, 190, 64), DType::F16)
             .with(|problem| problem.with_outputs(Outputs::OAndLse));
         call.recipe = Recipe::SAGE2_I8_F8.with_smooth(smooth);
-        call.check(cuda)?;
+        call.check_quantized(cuda)?;
     }
     Ok(())
 }

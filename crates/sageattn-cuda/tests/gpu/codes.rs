@@ -4,7 +4,7 @@
 use std::num::NonZeroU32;
 
 use libtest_mimic::Failed;
-use sageattn_core::{DType, HostTensor, Layout, Recipe, Shape, Smooth};
+use sageattn_core::{DType, HostTensor, Layout, PvQuant, Recipe, Shape, Smooth};
 use sageattn_cuda::Cuda;
 
 use crate::support::{Call, OnDevice, normal};
@@ -123,13 +123,15 @@ fn cases() -> Vec<Case> {
 
 pub(crate) fn codes(cuda: &Cuda) -> Result<(), Failed> {
     for case in cases() {
-        check(cuda, &case)?;
+        for recipe in [Recipe::SAGE2_I8_F8, Recipe::I8_I8_DYN] {
+            check(cuda, &case, recipe)?;
+        }
     }
     Ok(())
 }
 
-fn check(cuda: &Cuda, case: &Case) -> Result<(), Failed> {
-    let call = case.call();
+fn check(cuda: &Cuda, case: &Case, recipe: Recipe) -> Result<(), Failed> {
+    let call = case.call().by(recipe.with_smooth(case.smooth));
     let what = format!(
         "{:?} {} {}",
         call.problem, call.recipe, case.keys_first as u8
@@ -148,7 +150,10 @@ fn check(cuda: &Cuda, case: &Case) -> Result<(), Failed> {
     for (head, (k, v)) in heads.enumerate() {
         codes
             .check_k(head, k, case)
-            .and_then(|()| codes.check_v(head, v, case))
+            .and_then(|()| match recipe.pv {
+                PvQuant::E4m3 => codes.check_v(head, v, case),
+                _ => codes.check_integer_v(head, v, case),
+            })
             .map_err(|complaint| format!("{what}: head {head}: {complaint}"))?;
     }
 
@@ -169,7 +174,6 @@ impl Case {
             ..Shape::mha(1, self.heads, 1, self.head_dim)
         };
         let mut call = Call::new(shape, self.dtype);
-        call.recipe = Recipe::SAGE2_I8_F8.with_smooth(self.smooth);
         let layout = match self.keys_first {
             false => Layout::hnd_padded(shape.kv(), self.dtype),
             true => Layout::nhd_padded(shape.kv(), self.dtype),
@@ -221,6 +225,7 @@ struct Codes<'a> {
     k_tiles: &'a [u8],
     v_scales: Vec<f32>,
     v_tiles: &'a [u8],
+    /// Empty where V becomes integers.
     v_residuals: Vec<f32>,
 }
 
@@ -229,7 +234,7 @@ impl<'a> Codes<'a> {
         let description = device.plan.describe();
         let range = |name: &str| {
             let found = description.scratch.iter().find(|range| range.name == name);
-            let range = found.unwrap();
+            let Some(range) = found else { return &[][..] };
             let start = usize::try_from(range.offset).unwrap();
             &bytes[start..][..usize::try_from(range.bytes).unwrap()]
         };
@@ -295,6 +300,47 @@ impl<'a> Codes<'a> {
         Ok(())
     }
 
+    /// Of the `tile`th tile of all heads.
+    fn v_code(&self, tile: usize, key: usize, channel: usize, width: usize) -> u8 {
+        // Rows of 128 keys, swizzled; of each 16 keys, the two halves' pairs alternate.
+        let place = key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
+        // Of 32 channels, the eight of an octet are pairs of rows, eight apart.
+        let row = channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
+        let byte = TILE * row + 16 * ((key / 16) ^ (row % 8)) + place;
+        self.v_tiles[tile * TILE * width + byte]
+    }
+
+    fn check_integer_v(&self, head: usize, values: &[f32], case: &Case) -> Result<(), String> {
+        let (width, tiles) = (case.width(), case.kv_len.div_ceil(TILE));
+        for channel in 0..width {
+            let at = |key: usize| match channel < case.head_dim && key < case.kv_len {
+                true => values[key * case.head_dim + channel],
+                false => 0.0,
+            };
+            let amax = (0..case.kv_len)
+                .map(|key| at(key).abs())
+                .fold(0.0, f32::max);
+            let scale = self.v_scales[head * width + channel];
+            // A channel of zeros has scale 0, so that it gives 0 whatever its codes.
+            if amax >= 1e-30 {
+                scale_is(scale, amax, 127.0).map_err(|e| format!("V, channel {channel}: {e}"))?;
+            } else if scale != 0.0 {
+                return Err(format!("V, channel {channel} of zeros: scale {scale}"));
+            }
+            for key in 0..tiles * TILE {
+                let byte = self.v_code(head * tiles + key / TILE, key % TILE, channel, width);
+                let (code, x) = (f32::from(byte) - 128.0, at(key) / amax.max(1e-30) * 127.0);
+                if (x - code).abs() > 0.501 {
+                    return Err(format!("V, key {key}, channel {channel}: {code} for {x}"));
+                }
+            }
+        }
+        match self.v_residuals.is_empty() {
+            true => Ok(()),
+            false => Err("residuals that nothing reads".to_owned()),
+        }
+    }
+
     fn check_v(&self, head: usize, values: &[f32], case: &Case) -> Result<(), String> {
         let (width, tiles) = (case.width(), case.kv_len.div_ceil(TILE));
         for channel in 0..width {
@@ -309,14 +355,8 @@ impl<'a> Codes<'a> {
             scale_is(scale, amax, 448.0).map_err(|e| format!("V, channel {channel}: {e}"))?;
             let mut residuals = vec![Residual::default(); tiles];
             for key in 0..tiles * TILE {
-                let (tile, within) = (key / TILE, key % TILE);
-                // Rows of 128 keys, swizzled; of each 16 keys, the two halves' pairs alternate.
-                let place = within % 8 / 2 * 4 + within % 16 / 8 * 2 + within % 2;
-                // Of 32 channels, the eight of an octet are pairs of rows, eight apart.
-                let row =
-                    channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
-                let byte = TILE * row + 16 * ((within / 16) ^ (row % 8)) + place;
-                let code = e4m3(self.v_tiles[(head * tiles + tile) * TILE * width + byte]);
+                let tile = key / TILE;
+                let code = e4m3(self.v_code(head * tiles + tile, key % TILE, channel, width));
                 let x = at(key) / scale;
                 let gap = (x.abs().log2().floor().max(-6.0) - 3.0).exp2();
                 if (x - code).abs() > 0.501 * gap {

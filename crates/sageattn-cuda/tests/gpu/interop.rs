@@ -165,12 +165,16 @@ fn every_device(_: &Cuda) -> Result<(), Failed> {
 /// O in rows with a gap, LSE and workspace, each between guards.
 fn guard_bytes(cuda: &Cuda) -> Result<(), Failed> {
     const GUARD: usize = 1024;
-    let [quantized, half] = RECIPES;
+    let [quantized, integers, half] = RECIPES;
     for (recipe, head_dim, dtype) in [
         (quantized, 64, DType::F16),
         (quantized, 100, DType::F16),
         (quantized, 128, DType::BF16),
         (quantized, 250, DType::F32),
+        (integers, 64, DType::F16),
+        (integers, 100, DType::F16),
+        (integers, 128, DType::BF16),
+        (integers, 250, DType::F32),
         (half, 64, DType::F16),
         (half, 100, DType::BF16),
         (half, 250, DType::F16),
@@ -277,10 +281,12 @@ fn refused_memory(cuda: &Cuda) -> Result<(), Failed> {
 }
 
 fn profile(cuda: &Cuda) -> Result<(), Failed> {
-    let [quantized, half] = RECIPES;
+    let [quantized, integers, half] = RECIPES;
     for (recipe, heads, stages) in [
         (quantized, 2, &["statistics", "encode", "attend"][..]),
         (quantized, 16, &["prepare", "attend"]),
+        (integers, 2, &["statistics", "encode", "attend"]),
+        (integers, 16, &["prepare", "attend"]),
         (half, 8, &["attend"]),
     ] {
         let call = Call::new(Shape::mha(1, heads, 2048, 128), DType::F16).by(recipe);

@@ -5,7 +5,7 @@ use sageattn_core::metrics::Metrics;
 use sageattn_core::reference::{exact, faithful};
 use sageattn_core::{
     Backend, Buffer, DType, Error, HostOutput, HostTensor, Io, Layout, Outputs, Plan, Problem,
-    Recipe, Shape, TensorView, attend_host, round_to,
+    PvQuant, Recipe, Shape, TensorView, attend_host, round_to,
 };
 use sageattn_cuda::{Cuda, CudaBuffer};
 
@@ -64,6 +64,16 @@ impl Call {
         }
     }
 
+    /// Runs by each recipe that quantizes, and compares with both oracles.
+    pub(crate) fn check_quantized(mut self, cuda: &Cuda) -> Result<(), Failed> {
+        let smooth = self.recipe.smooth;
+        for recipe in QUANTIZED {
+            self.recipe = recipe.with_smooth(smooth);
+            self.check(cuda)?;
+        }
+        Ok(())
+    }
+
     /// Runs, and compares with both oracles.
     pub(crate) fn check(&self, cuda: &Cuda) -> Result<(), Failed> {
         let what = format!("{:?} {}", self.problem, self.recipe);
@@ -75,13 +85,19 @@ impl Call {
         round_to(self.problem.dtype(), &mut want.out);
 
         let half = self.recipe == Recipe::HALF;
+        let integers = self.recipe.pv == PvQuant::Int8Dynamic;
         // The tensor core sums e4m3 products in fewer bits than f32; bf16 adds a rounding of its own.
         let bound = match self.problem.dtype() {
-            DType::F16 if half => 1e-3,
+            DType::F16 if half || integers => 1e-3,
+            DType::F32 if integers => 5e-4,
             DType::F16 | DType::F32 => 2e-3,
             DType::BF16 => 3e-3,
         };
-        let (row_bound, exact_bound) = if half { (0.01, 5e-3) } else { (0.05, 0.06) };
+        let (row_bound, exact_bound) = match (half, integers) {
+            (true, _) => (0.01, 5e-3),
+            (_, true) => (0.05, 0.03),
+            _ => (0.05, 0.06),
+        };
         let expected: Vec<f64> = want.out.iter().copied().map(f64::from).collect();
         let metrics = Metrics::compare(&got.out, &expected);
         let head_dim = self.problem.shape().head_dim;
@@ -107,7 +123,8 @@ impl Call {
 }
 
 /// What the tier computes.
-pub(crate) const RECIPES: [Recipe; 2] = [Recipe::SAGE2_I8_F8, Recipe::HALF];
+pub(crate) const RECIPES: [Recipe; 3] = [Recipe::SAGE2_I8_F8, Recipe::I8_I8_DYN, Recipe::HALF];
+const QUANTIZED: [Recipe; 2] = [Recipe::SAGE2_I8_F8, Recipe::I8_I8_DYN];
 
 /// Bell-shaped values: sums of twelve uniform ones.
 pub(crate) fn normal(seed: u64, len: usize) -> Vec<f32> {

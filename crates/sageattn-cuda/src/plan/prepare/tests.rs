@@ -1,6 +1,7 @@
 use sageattn_kernels::abi::TILE_KEYS;
 
 use super::*;
+use crate::variant::PvCodes;
 
 const H100: Machine = Machine {
     multiprocessors: 132,
@@ -22,6 +23,7 @@ fn cluster(
         dtype,
         smooth: true,
         cut: false,
+        pv: PvCodes::E4m3,
     };
     let tiles = keys.div_ceil(TILE_KEYS);
     let (preparation, pieces, each) = preparation(prepare, heads, tiles, machine);
