@@ -7,44 +7,31 @@
 // Tiles     S = Q K^T: 64 x 128 a warpgroup, s32.   T = P V: 64 x HEAD_DIM in panels of at most 128, f32, added to O in f32 after each 128 keys
 //           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits). INT8_PV: T is exact in s32, and read as f32 as it
 //           is (attn/softmax_u8.cuh).
-// Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them and streams their tiles of K
-//           and V through two rings of STAGES; each consumer warpgroup quantizes its 64 rows of Q, then takes the tiles in order, the masked
-//           ones last, in a loop of their own.
+// Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them, each before the last one's tiles are
+//           all under way, and streams their tiles of K and V through two rings of STAGES; a spare warp of the producer's brings their Q to L2. Each
+//           consumer warpgroup takes its 64 rows' tiles in order, the masked ones last, in a loop of their own. In its last turn of a work it quantizes
+//           its rows of the next work's Q and computes that one's first scores; then it stores O.
 // Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1); dot products with ones (INT8_PV).
 // V         INT8_PV 0: what its rounding took away is added back to O as a mean over the tiles that a warpgroup's rows see: a spare warp of the producer's adds
-//           the tiles' residuals up meanwhile and leaves the mean in the warpgroup's slab of Q, once that has been read for the last time.
+//           the tiles' residuals up meanwhile. V's channels lie in an order in which a lane stores eight neighbours of O.
 // Schedule  warpgroups take turns: whose turn it is issues {P V of tile j, Q K^T of tile j + 1} as one block of GEMMs and passes on, so that while
 //           one multiplies the others exponentiate. Within a warpgroup all is serial; S and T share registers.
 //           A stage's full barrier is awaited before the turn, never within it: who holds the turn holds up all others.
 //           Where O does not shrink and S and T fit side by side (RUNNING_MAX 0, HEAD_DIM 64), T takes in four tiles before it is added to O, and
 //           there are no turns: exponentials bound that shape, whatever the order. Nor are there with INT8_PV: faster or level without.
-// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | ones [8 x 32] | K scales [STAGES][4] f32 |
-//           barriers | works
+// Shared    Q [CONSUMERS][64 x HEAD_DIM] | K [STAGES][128 x HEAD_DIM] | V^T [STAGES][HEAD_DIM x 128] | ones [8 x 32] | V's residuals [CONSUMERS][HEAD_DIM] f32 |
+//           works, each with V's scales [HEAD_DIM] f32 | K scales [STAGES][4] f32 | barriers
 // Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16, F32; CAUSAL, LSE 0 or 1; RUNNING_MAX 0 or 1, with INT8_PV 1; CONSUMERS and STAGES as in README.md.
-#include "abi.cuh"
 #include "attn/softmax.cuh"
 #include "attn/softmax_u8.cuh"
-#include "ptx/bulk_copy.cuh"
 #include "ptx/wgmma.cuh"
 #include "quant/q_rows.cuh"
-#include "tile/ring.cuh"
+#include "sm90/attn_producer.cuh"
 #include "tile/store_rows.cuh"
 #include "tile/turns.cuh"
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to one of these by the quantizers");
 
-constexpr int WARPGROUP = 128;
-constexpr int ROWS = 64;
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-/// Registers a thread after the roles have parted; the pool is 65536.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
-/// What a block is given at its launch, which is all that its warpgroups can share out.
-constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
-static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS, "the last warpgroup to ask would wait for ever");
-
-constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
-constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 /// Columns of one GEMM, keys of S and channels of T: equal, so that T fits the registers of S, or of its first part.
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;
 constexpr int PANELS = HEAD_DIM / PANEL;
@@ -61,82 +48,6 @@ constexpr bool TURNS = !APART && !INT8_PV;
 /// Tiles that T takes in before it is added to O, where they are apart. The tensor core keeps fewer bits than f32; up to 16 tiles no error was seen to
 /// come of that here (docs/kernels/attn_i8_f8_sm90.md).
 constexpr int TILES_OF_PARTIAL = 4;
-
-using StageRing = Ring<STAGES>;
-using StageCursor = Cursor<STAGES>;
-/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at.
-constexpr int WORK_SLOTS = 4;
-/// Tiles before the end of a work's copies at which the next work is drawn: its Q is then in L2 when it is needed, and blocks still end together.
-constexpr int DRAW_AHEAD = 4;
-using WorkRing = Ring<WORK_SLOTS>;
-using WorkCursor = Cursor<WORK_SLOTS>;
-/// V's mean residuals of a warpgroup's rows. Every thread on either side arrives for itself, which orders its own reads and writes; once a work, that
-/// costs nothing.
-using ResidualRing = Ring<1>;
-
-/// CONSUMERS x 64 rows of one head. `batch` is past the last where there is no work left. A row below 0 is no row, like one past the last.
-struct Work {
-    u32 batch;
-    u32 head;
-    u32 kv_head;
-    i32 row;
-};
-static_assert(sizeof(Work) == 16, "one load");
-
-constexpr u32 Q_SLAB = ROWS * HEAD_DIM;
-constexpr u32 K_AT = CONSUMERS * Q_SLAB;
-constexpr u32 V_AT = K_AT + STAGES * TILE_BYTES;
-/// 32 keys of eight channels of V that are one everywhere: P times them is the sum of P.
-constexpr u32 ONES_AT = V_AT + STAGES * TILE_BYTES;
-constexpr u32 ONES_BYTES = 8 * 32;
-constexpr u32 RESIDUALS_AT = ONES_AT + ONES_BYTES;
-constexpr u32 CHANNEL_BYTES = HEAD_DIM * sizeof(float);
-constexpr u32 V_SCALES_AT = RESIDUALS_AT + CONSUMERS * CHANNEL_BYTES;
-constexpr u32 WORK_AT = V_SCALES_AT + WORK_SLOTS * CHANNEL_BYTES;
-constexpr u32 SCALES_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
-constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
-constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
-constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
-constexpr u32 RESIDUAL_RINGS_AT = WORK_RING_AT + WorkRing::BYTES;
-constexpr u32 SHARED_BYTES = RESIDUAL_RINGS_AT + CONSUMERS * ResidualRing::BYTES;
-static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and copies");
-static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
-static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
-
-/// Blocks of rows end with the head's last 64: it is the first block that may have fewer, the one that sees the fewest keys. Such blocks come last, when
-/// a multiprocessor has room for a small work.
-DEVICE Work decode_work(const AttnParams& params, u32 index) {
-    const i32 slabs = (params.q_len + ROWS - 1) / ROWS;
-    const i32 missing = params.row_blocks * CONSUMERS - slabs;
-    const u32 whole_blocks = params.row_blocks - (missing > 0 ? 1 : 0);
-    const u32 whole_works = params.works / params.row_blocks * whole_blocks;
-    u32 head, block = 0;
-    if (index < whole_works) {
-        head = index / whole_blocks;
-        // With a causal mask the last rows see the most keys: the longest works of a head start first.
-        block = params.row_blocks - 1 - index % whole_blocks;
-    } else {
-        head = index - whole_works;
-    }
-    Work work;
-    work.batch = index < params.works ? head / params.q_heads : params.batch;
-    work.head = head % params.q_heads;
-    work.kv_head = work.batch * (params.q_heads / params.q_heads_per_kv_head) + work.head / params.q_heads_per_kv_head;
-    work.row = (static_cast<i32>(block * CONSUMERS) - missing) * ROWS;
-    return work;
-}
-
-/// Tiles that rows [row, row + ROWS) see at least one key of. Rows past the head's last do not count.
-DEVICE int visible_tiles(const AttnParams& params, i32 row) {
-    if (row < 0) return 0;
-    const u32 last_row = min(static_cast<u32>(row) + ROWS, params.q_len) - 1;
-    return (last_visible_key<CAUSAL>(last_row, params.diagonal, params.kv_len) + TILE_KEYS) / TILE_KEYS;
-}
-
-/// Tiles that rows [row, row + ROWS) see every key of.
-DEVICE int unmasked_tiles(const AttnParams& params, i32 row) {
-    return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
-}
 
 /// One slice of a panel of S.
 template <bool accumulate>
@@ -187,85 +98,6 @@ DEVICE void multiply_p_ones(i32 (&sums)[4], const u32 (&p)[16], u64 ones) {
     wgmma_m64n8k32_e4m3<true>(sums, p[12], p[13], p[14], p[15], ones);
 }
 
-/// Tiles that the rows of a work see, together.
-DEVICE int tiles_of_work(const AttnParams& params, const Work& work) {
-    return visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
-}
-
-/// The rings of a block and what they carry.
-struct Pipeline {
-    u32 shared;
-
-    DEVICE StageRing k() const {
-        return {shared + K_RING_AT};
-    }
-    DEVICE StageRing v() const {
-        return {shared + V_RING_AT};
-    }
-    DEVICE WorkRing work() const {
-        return {shared + WORK_RING_AT};
-    }
-    DEVICE ResidualRing residual(int warpgroup) const {
-        return {shared + RESIDUAL_RINGS_AT + warpgroup * ResidualRing::BYTES};
-    }
-};
-
-/// Draws works until there are none, publishes each with its channel scales of V, and streams its tiles.
-DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
-    StageCursor at;
-    WorkCursor work_at;
-    const auto publish = [&](u32 index) {
-        const Work work = decode_work(params, index);
-        const bool any = work.batch < params.batch;
-        pipeline.work().open(work_at, any ? CHANNEL_BYTES : 0, [&](u32 full) {
-            store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
-            if (!any) return;
-            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES;
-            bulk_copy_to_shared(to, params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM, CHANNEL_BYTES, full);
-        });
-        work_at.advance();
-        return work;
-    };
-    u32 index = blockIdx.x;
-    for (Work work = publish(index); work.batch < params.batch;) {
-        const bool first = index == blockIdx.x;
-        const u64 head = static_cast<u64>(work.kv_head) * params.tiles;
-        const int tiles = tiles_of_work(params, work);
-        // Once more than there are tiles, so that a work without tiles is followed by another, too.
-        for (int tile = 0; tile <= tiles; ++tile) {
-            if (tile == max(tiles - DRAW_AHEAD, 0)) {
-                index = gridDim.x + atomic_increment(params.next_work, params.works - 1);
-                work = publish(index);
-            }
-            if (tile == tiles) break;
-            // At the launch all multiprocessors ask at once: Q and the first tile come first.
-            if (tile == 1 && first) mbarrier_wait(pipeline.k().empty(0), 0);
-            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES, [&](u32 full) {
-                bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
-                bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
-            });
-            pipeline.v().open(at, TILE_BYTES, [&](u32 full) {
-                bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
-            });
-            at.advance();
-        }
-    }
-}
-
-/// The work in a slot, read again when it is needed: kept across the loop it would cost the registers that the loop has not got.
-DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
-    u32 word[4];
-    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
-    // The same in every lane, which a shuffle tells the compiler.
-    return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), static_cast<i32>(__shfl_sync(~0u, word[3], 0))};
-}
-
-/// Each work uses the one stage of a warpgroup's residuals once.
-DEVICE Cursor<1> residual_of_work(WorkCursor at) {
-    static_assert(WORK_SLOTS % 2 == 0, "the stage counts works");
-    return {0, at.stage % 2};
-}
-
 /// The part of q . k that smoothing took out of the scores, of which each lane of a quad sums its octets.
 DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* row, int lane) {
     const float* const mean = params.k_mean + static_cast<u64>(work.kv_head) * HEAD_DIM;
@@ -278,72 +110,6 @@ DEVICE float mean_logit(const AttnParams& params, const Work& work, const u8* ro
         for (int i = 0; i < OCTET; ++i) sum = fmaf(x[i], mean[octet * OCTET + i], sum);
     }
     return params.softmax_scale * quad_sum(sum);
-}
-
-/// Address of a query's row in q or o, null past the last and (as unsigned) before the first.
-DEVICE u8* query_row(const AttnParams& params, const void* base, const i64 (&stride)[3], const Work& work, u32 row) {
-    return row < params.q_len ? const_cast<u8*>(row_address<IN_T>(base, stride, work.batch, work.head, row)) : nullptr;
-}
-
-/// Rows of a work's Q towards L2, by a warp: a line a lane.
-DEVICE void prefetch_q(const AttnParams& params, const Work& work) {
-    constexpr int LINE = 128;
-    const u32 bytes = params.head_dim * IN_T::bytes;
-    if (work.batch >= params.batch) return;
-    for (u32 at = threadIdx.x % 32 * LINE;; at += 32 * LINE) {
-        const u32 row = at / (HEAD_DIM * IN_T::bytes), within = at % (HEAD_DIM * IN_T::bytes);
-        if (row >= CONSUMERS * ROWS) return;
-        const u8* const from = query_row(params, params.q, params.q_stride, work, work.row + row);
-        if (from && within < bytes) prefetch_to_l2(from + within);
-    }
-}
-
-/// For each warpgroup, what rounding took from V, as a mean over the keys of the tiles that its rows see, by a warp.
-DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline, const Work& work, WorkCursor work_at) {
-    constexpr int CHANNELS = HEAD_DIM / 32;
-    constexpr int VECTOR = CHANNELS < 4 ? CHANNELS : 4;
-    /// Tiles whose loads are in flight together: as many as the producer's few registers hold, and still faster than tiles are multiplied.
-    constexpr int AHEAD = 8 / CHANNELS;
-    const u32 first_channel = threadIdx.x % 32 * VECTOR;
-    const float* from = params.v_residuals + static_cast<u64>(work.kv_head) * params.tiles * HEAD_DIM + first_channel;
-    float sum[CHANNELS] = {};
-    int tile = 0;
-    for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
-        const int tiles = visible_tiles(params, work.row + warpgroup * ROWS);
-#pragma unroll AHEAD
-        for (; tile < tiles; ++tile, from += HEAD_DIM) {
-#pragma unroll
-            for (int i = 0; i < CHANNELS; i += VECTOR) {
-                float x[VECTOR];
-                load_floats(x, from + 32 * i);
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e) sum[i + e] += x[e];
-            }
-        }
-        const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
-        const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
-        const ResidualRing ring = pipeline.residual(warpgroup);
-        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i += 2) {
-            const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
-            const u32 to = pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES + channel * sizeof(float);
-            store_shared_8_bytes(to, __float_as_uint(sum[i] * inverse), __float_as_uint(sum[i + 1] * inverse));
-        }
-        mbarrier_arrive(ring.full(0));
-    }
-}
-
-/// A warp's way through the works, ahead of the consumers: Q towards L2, and V's mean residuals.
-DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
-    WorkCursor work_at;
-    for (;; work_at.advance()) {
-        pipeline.work().wait(work_at);
-        const Work work = work_in_slot(pipeline, work_at);
-        if (work.batch >= params.batch) return;
-        prefetch_q(params, work);
-        if constexpr (V_RESIDUALS) average_residuals(params, pipeline, work, work_at);
-    }
 }
 
 /// Row lane / 4 + 8 h of this thread's warp, within its warpgroup.
