@@ -98,7 +98,7 @@ fn spills_allowed(variant: &Variant) -> u32 {
     match variant {
         // What lives across works, and round the rare path that moves a reference; what the GEMMs meet
         // is checked in the machine code.
-        Variant::Attend(attend) if attend.width == 64 => 64,
+        Variant::Attend(attend) if attend.width == 64 => 96,
         Variant::Attend(_) => 320,
         // The producers have 24 registers; the consumers' code is checked for what they keep.
         Variant::Half(_) => 64,
