@@ -1,7 +1,8 @@
 //! The device against the oracles.
 
+use half::f16;
 use libtest_mimic::Failed;
-use sageattn_core::scratch::ScratchRange;
+use sageattn_core::scratch::{ScratchRange, ScratchType};
 use sageattn_core::{
     Align, Backend, DType, Io, Layout, Mask, Outputs, Problem, Recipe, Shape, Smooth, TensorView,
     reference::quantize,
@@ -244,6 +245,7 @@ fn codes(gpu: &Wgpu) -> Result<(), Failed> {
             ("k", &inputs.k, shape.kv_len, grouping.k()),
         ] {
             let (codes_range, codes) = range(&format!("{name}_codes"))?;
+            let codes = numbers(codes_range.kind, codes)?;
             let scales = floats(range(&format!("{name}_scales"))?.1);
             let dim = usize::try_from(codes_range.shape[3])?;
             let rows = usize::try_from(codes_range.shape[2])?;
@@ -276,9 +278,9 @@ fn codes(gpu: &Wgpu) -> Result<(), Failed> {
                 }
                 for row in 0..rows {
                     for channel in 0..dim {
-                        let got = codes[(head * rows + row) * dim + channel].cast_signed();
+                        let got = codes[(head * rows + row) * dim + channel];
                         if row >= len || channel >= 40 {
-                            if got != 0 {
+                            if got != 0.0 {
                                 return Err(format!("{recipe}: padding of {name} is {got}").into());
                             }
                             continue;
@@ -286,7 +288,7 @@ fn codes(gpu: &Wgpu) -> Result<(), Failed> {
                         let x = smoothed[row * 40 + channel] / scales[groups.of(row)];
                         let tie = (x.fract().abs() - 0.5).abs() < 1e-3;
                         let expected = x.round_ties_even().clamp(-127.0, 127.0);
-                        let off = (f32::from(got) - expected).abs();
+                        let off = (got - expected).abs();
                         if off > 0.0 && !(tie && off <= 1.0) {
                             return Err(format!("{recipe}: {name} code {got} is not {x}").into());
                         }
@@ -296,6 +298,21 @@ fn codes(gpu: &Wgpu) -> Result<(), Failed> {
         }
     }
     Ok(())
+}
+
+/// Codes as the tier keeps them: bytes, or halves where a matrix unit multiplies those.
+fn numbers(kind: ScratchType, bytes: &[u8]) -> Result<Vec<f32>, Failed> {
+    match kind {
+        ScratchType::I8 => Ok(bytes
+            .iter()
+            .map(|&byte| byte.cast_signed().into())
+            .collect()),
+        ScratchType::F16 => {
+            let words = bytes.as_chunks().0.iter();
+            Ok(words.map(|&word| f16::from_le_bytes(word).into()).collect())
+        }
+        kind => Err(format!("codes of {kind:?}").into()),
+    }
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
