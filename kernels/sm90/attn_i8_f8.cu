@@ -365,7 +365,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             issue_qk();
             turns.pass();
             if constexpr (!APART) v_ring.release(v_at, elected);
-            multiplier = k_multiplier();
+            // Behind the last work nobody reads the scales either: others may be on their way into the stage.
+            if constexpr (!is_last) multiplier = k_multiplier();
             wgmma_wait<0>();
             if constexpr (APART) {
                 wgmma_result(partial);
@@ -374,6 +375,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
 #pragma unroll
             for (auto& part : scores) wgmma_result(part);
             if (!is_last || begun) {
+                if constexpr (is_last) multiplier = k_multiplier();
                 k_ring.release(k_at, elected);
                 k_at.advance();
             }
