@@ -148,7 +148,6 @@ def half_tile(head_dim, causal, length):
     return dict(CONSUMERS=2, KEYS=keys, Q_SLOTS=1, K_STAGES=stages, V_STAGES=stages, STALE=stale)
 
 
-
 class Ours:
     """A call of ours on tensors of [batch, heads, length, head_dim]."""
 

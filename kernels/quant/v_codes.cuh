@@ -12,7 +12,7 @@ constexpr bool V_RESIDUALS = !INT8_PV;
 DEVICE Scale v_scale_from_amax(float amax) {
     const Scale scale = scale_from_amax(amax, LARGEST_V);
     // The offset leaves O by a subtraction, which is not exact: a channel of zeros is to give zero.
-    return INT8_PV && scale.inverse == 0.f ? Scale{0.f, 0.f} : scale;
+    return INT8_PV && amax < SMALLEST_AMAX ? Scale{0.f, 0.f} : scale;
 }
 
 /// Codes of four numbers v / scale, the first in the lowest byte: nearest even.

@@ -21,7 +21,8 @@ constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 
 using StageRing = Ring<STAGES>;
 using StageCursor = Cursor<STAGES>;
-/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at.
+/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at. Even: see
+/// residual_of_work.
 constexpr int WORK_SLOTS = 4;
 /// Tiles before the end of a work's copies at which the next work is drawn: its Q is then in L2 when it is needed, and blocks still end together.
 constexpr int DRAW_AHEAD = 4;

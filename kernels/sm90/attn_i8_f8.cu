@@ -375,7 +375,10 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
 #pragma unroll
             for (auto& part : scores) wgmma_result(part);
             if (!is_last || begun) {
-                if constexpr (is_last) multiplier = k_multiplier();
+                if constexpr (is_last) {
+                    multiplier = k_multiplier();
+                    __syncwarp();
+                }
                 k_ring.release(k_at, elected);
                 k_at.advance();
             }
@@ -442,6 +445,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             turns.wait();
             turns.pass();
         }
+        // Every lane has read V's scales.
+        __syncwarp();
         pipeline.work().release(work_at, elected);
     }
     turns.close();
@@ -460,7 +465,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ENTRY(const __grid_cons
         if (pipeline.shared % 1024 != 0) __trap();
         pipeline.k().init(4 * CONSUMERS);
         pipeline.v().init(4 * CONSUMERS);
-        pipeline.work().init(4 * CONSUMERS);
+        // The consumers' warps, and the one that looks ahead.
+        pipeline.work().init(4 * CONSUMERS + 1);
         for (int i = 0; i < CONSUMERS; ++i) pipeline.residual(i).init(WARPGROUP, 32);
         mbarrier_init_fence();
     }

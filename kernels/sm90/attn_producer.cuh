@@ -97,12 +97,16 @@ DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline, const
 
 /// A warp's way through the works, ahead of the consumers: Q towards L2, and V's mean residuals.
 DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
-    WorkCursor work_at;
-    for (;; work_at.advance()) {
+    bool first = true;
+    for (WorkCursor work_at;; work_at.advance()) {
         pipeline.work().wait(work_at);
         const Work work = work_in_slot(pipeline, work_at);
         if (work.batch >= params.batch) return;
-        prefetch_q(params, work);
+        // The first work's has been asked for, and without a tile nobody wants it.
+        if (!first && tiles_of_work(params, work) > 0) prefetch_q(params, work);
+        first = false;
         if constexpr (V_RESIDUALS) average_residuals(params, pipeline, work, work_at);
+        __syncwarp();
+        pipeline.work().release(work_at, threadIdx.x % 32 == 0);
     }
 }

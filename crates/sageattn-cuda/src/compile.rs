@@ -18,6 +18,9 @@ use sageattn_kernels::SOURCES;
 
 use crate::variant::Variant;
 
+/// The first that has conversions to f16 and bf16 that never give infinity (PTX ISA 8.1).
+const OLDEST: (i32, i32) = (12, 1);
+
 /// The `a` is for wgmma and setmaxnreg, which exist on compute capability 9.0 only.
 const OPTIONS: [&str; 4] = [
     "--gpu-architecture=sm_90a",
@@ -52,7 +55,7 @@ impl Nvrtc {
     /// `$CUDA_HOME`, `$CUDA_PATH` and `/usr/local/cuda`.
     ///
     /// A driver cannot load machine code from a compiler of a later major version:
-    /// `newest_major` passes over such.
+    /// `newest_major` passes over such. One before [`OLDEST`] lacks instructions that the kernels take.
     ///
     /// # Errors
     /// [`Error::Device`] that lists the places.
@@ -60,13 +63,17 @@ impl Nvrtc {
         let mut tried = Vec::new();
         for path in candidates() {
             match Self::open(&path) {
-                Ok(nvrtc) if newest_major.is_none_or(|major| nvrtc.version.0 <= major) => {
-                    tracing::debug!(path, version = ?nvrtc.version, "found NVRTC");
-                    return Ok(nvrtc);
-                }
                 Ok(nvrtc) => {
                     let (major, minor) = nvrtc.version;
-                    tried.push(format!("{path} is {major}.{minor}, later than the driver"));
+                    let why = match newest_major {
+                        Some(newest) if major > newest => "later than the driver",
+                        _ if nvrtc.version < OLDEST => "older than 12.1",
+                        _ => {
+                            tracing::debug!(path, version = ?nvrtc.version, "found NVRTC");
+                            return Ok(nvrtc);
+                        }
+                    };
+                    tried.push(format!("{path} is {major}.{minor}, {why}"));
                 }
                 Err(error) => {
                     tracing::debug!(path, %error, "no NVRTC here");

@@ -1,7 +1,7 @@
 //! Quantized attention on NVIDIA's tensor cores: the `cuda` backend of `sageattn`.
 //!
-//! Needs a driver (12.0 or later), a GPU of compute capability 9.0 and NVIDIA's run-time compiler NVRTC;
-//! no CUDA toolkit, neither to build nor to run. Kernels are compiled when first planned and kept on
+//! Needs a driver (12.0 or later), a GPU of compute capability 9.0 and NVIDIA's run-time compiler NVRTC (12.1
+//! or later); no CUDA toolkit, neither to build nor to run. Kernels are compiled when first planned and kept on
 //! disk. What is missing on a machine is told, not guessed:
 //!
 //! ```
@@ -293,7 +293,7 @@ impl Backend for Cuda {
     }
 
     fn preferred(&self, problem: &Problem) -> Recipe {
-        preferred::preferred(problem)
+        preferred::preferred(problem, self.machine.row_maximum.is_some())
     }
 
     fn tiers(&self) -> Vec<&'static str> {

@@ -212,7 +212,7 @@ const fn tile(width: u32) -> (u32, u32) {
         // fourth would leave each too few for S, P and O. Stages of 16 KiB are soon read: six of them
         // cover the latency of memory.
         64 => (3, 6),
-        // 32 KiB a stage: a sixth does not fit.
+        // 32 KiB a stage: beyond three, more make no difference.
         128 => (3, 5),
         // O alone takes 128 registers a thread: two warpgroups of 240. 64 KiB a stage: beside Q and V's
         // residuals there is no room for a third, and two are as fast.

@@ -9,7 +9,7 @@ struct Times {
     /// The head dimension that kernels have.
     width: u32,
     /// Of the two recipes that quantize the one with less error, unless it costs time: P V in integers has less
-    /// than half of e4m3's. Its calls take as long at 128, 0.96 of the time at 256, and 1.03 to 1.12 at 64
+    /// than half of e4m3's. Its calls take as long at 128, within runs' noise, 0.95 of the time at 256 and 1.06 at 64
     /// (`docs/kernels/attn_i8_i8_sm90.md`, `docs/results/h100.md`).
     recipe: Recipe,
     /// Femtoseconds for one query of one head to attend to one key, in that recipe.
@@ -50,17 +50,22 @@ const TIMES: [Times; 3] = [
 /// quantized. Fitted to where the two families cross in that run.
 const QUANTIZING: u64 = 20_000_000_000;
 
-/// The recipe that computes this problem fastest: quantizing pays once enough queries share each key.
-pub(crate) fn preferred(problem: &Problem) -> Recipe {
+/// The faster of `half` and, of the recipes that quantize, the one that suits the head dimension: quantizing
+/// pays once enough queries share each key. Where a row maximum is `forced`, that is `sage2-i8-f8`, which has one.
+pub(crate) fn preferred(problem: &Problem, forced: bool) -> Recipe {
     let shape = problem.shape();
     let width = width(shape.head_dim);
     let times = TIMES.iter().find(|times| times.width == width);
     let Some(times) = times else {
         return Recipe::SAGE2_I8_F8;
     };
+    let quantized = match forced {
+        true => Recipe::SAGE2_I8_F8,
+        false => times.recipe,
+    };
     if problem.dtype() == DType::F32 {
         // `half` takes 16 bits.
-        return times.recipe;
+        return quantized;
     }
     let pairs = problem.visible_pairs();
     let keys = (shape.batch * shape.kv_heads) as u64 * shape.kv_len as u64;
@@ -68,7 +73,7 @@ pub(crate) fn preferred(problem: &Problem) -> Recipe {
     let cost = |each: u64, count: u64| u128::from(each) * u128::from(count);
     let preparing = u128::from(QUANTIZING) + cost(times.prepare, keys);
     match preparing + cost(times.quantized, pairs) < cost(times.half, pairs) {
-        true => times.recipe,
+        true => quantized,
         false => Recipe::HALF,
     }
 }
@@ -80,7 +85,11 @@ mod tests {
     use super::*;
 
     fn of(shape: Shape, dtype: DType, mask: Mask) -> Recipe {
-        preferred(&Problem::new(shape, dtype).unwrap().with_mask(mask))
+        let problem = Problem::new(shape, dtype).unwrap().with_mask(mask);
+        let quantized = preferred(&problem, false) != Recipe::HALF;
+        let forced = preferred(&problem, true);
+        assert_eq!(forced == Recipe::SAGE2_I8_F8, quantized, "{forced}");
+        preferred(&problem, false)
     }
 
     #[test]

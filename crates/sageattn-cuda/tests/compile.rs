@@ -162,9 +162,9 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
         }
     }
     // Labels and branches end a block; one value reloaded beside the GEMMs is nothing. A running maximum
-    // keeps three values more alive than there are registers.
+    // keeps four values more alive than there are registers.
     let allowed = match variant {
-        Variant::Attend(attend) if attend.running_max => 7,
+        Variant::Attend(attend) if attend.running_max => 8,
         Variant::Half(_) => 0,
         _ => 4,
     };

@@ -45,6 +45,7 @@ const SMALLEST: DecodeTile = DecodeTile {
 fn shuffling(facts: &Facts, head_dim: u32) -> Option<u32> {
     let [least, most] = facts.subgroup;
     let there = facts.features.contains(wgpu::Features::SUBGROUP)
+        && facts.lone_components
         && least == most
         && most.is_power_of_two()
         && most <= SMALLEST.invocations;
@@ -285,6 +286,14 @@ mod tests {
         assert_eq!(shuffling(&facts, 128), None, "more columns than that");
         facts.subgroup = [32, 64];
         assert_eq!(shuffling(&facts, 128), None, "which of the two?");
+        facts.subgroup = [32, 32];
+        facts.lone_components = false;
+        assert_eq!(
+            shuffling(&facts, 128),
+            None,
+            "a store may rewrite its neighbours"
+        );
+        facts.lone_components = true;
 
         let shape = Shape {
             q_heads: 32,

@@ -189,6 +189,7 @@ impl Wgpu {
                 subgroup: subgroup(&info),
                 // Metal's functions for matrices take pointers to numbers.
                 vector_items: info.backend != wgpu::Backend::Metal,
+                lone_components: info.backend == wgpu::Backend::Vulkan,
             },
             forced: None,
             native: Native::ALL,

@@ -113,6 +113,9 @@ pub(crate) struct Facts {
     pub(crate) subgroup: [u32; 2],
     /// Whether matrices may be loaded from arrays of vectors.
     pub(crate) vector_items: bool,
+    /// Whether invocations may store components of one vector side by side: WGSL lets a store of one
+    /// rewrite all, and Metal's compiler does; SPIR-V's does not.
+    pub(crate) lone_components: bool,
 }
 
 /// What the choice looks at of a call.
@@ -172,6 +175,7 @@ pub(crate) mod tests {
             i8_matrices: Err("8-bit matrices".to_owned()),
             subgroup: [32, 32],
             vector_items: true,
+            lone_components: true,
         }
     }
 
