@@ -55,7 +55,7 @@ impl Nvrtc {
     /// `$CUDA_HOME`, `$CUDA_PATH` and `/usr/local/cuda`.
     ///
     /// A driver cannot load machine code from a compiler of a later major version:
-    /// `newest_major` passes over such. One before [`OLDEST`] lacks instructions that the kernels take.
+    /// `newest_major` passes over such. One before 12.1 lacks instructions that the kernels take.
     ///
     /// # Errors
     /// [`Error::Device`] that lists the places.
