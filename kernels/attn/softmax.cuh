@@ -116,26 +116,32 @@ DEVICE void raise_reference(float (&shrink)[2], RowState& rows, const bool (&mus
     }
 }
 
+/// 2^(score c - subtrahend) of the eight scores from word 8 j of the fragment, added to `unrounded` where that is wanted.
+/// `masked`: 0 in the columns behind `last`, each row's last visible one less 2 c.
+/// `limited`: exponents are at most `limit`, for rows whose logits are so large that rounding alone could lift P out of range.
+template <bool masked, bool limited>
+DEVICE void eight_exponentials(float (&e)[8], float (&unrounded)[2], const Logits& scores, int j, float c, const float (&subtrahend)[2], float limit, const i32 (&last)[2]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int word = 8 * j + i;
+        const int row = fragment_row(word);
+        float exponent = __fmaf_rn(scores[0][word], c, -subtrahend[row]);
+        if constexpr (limited) exponent = fminf(exponent, limit);
+        e[i] = exp2_approx(exponent);
+        if constexpr (masked) e[i] = fragment_column(word) <= last[row] ? e[i] : 0.f;
+        if constexpr (SUM_UNROUNDED) unrounded[row] += e[i];
+    }
+}
+
 /// P of one tile as A operand of the PV GEMM: k-step t of 32 keys reads words 4t .. 4t + 3. Each word holds a row's keys 2c, 2c + 1, 8 + 2c, 9 + 2c
 /// of 16, c = lane % 4, which the instruction takes for four neighbours: V's keys are stored in that order (quant/kv_encode.cu).
-/// `masked`: P is 0 in the columns behind `last`, each row's last visible one less 2 c.
-/// `limited`: clamp the exponent, for rows whose logits are so large that rounding alone could lift P out of range.
 template <bool masked, bool limited>
 DEVICE void exponentials(u32 (&p)[16], float (&unrounded)[2], const Logits& scores, float c, const float (&reference)[2], const i32 (&last)[2]) {
     unrounded[0] = unrounded[1] = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         float e[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int word = 8 * j + i;
-            const int row = fragment_row(word);
-            float exponent = __fmaf_rn(scores[0][word], c, -reference[row]);
-            if constexpr (limited) exponent = fminf(exponent, P_LIMIT_LOG2);
-            e[i] = exp2_approx(exponent);
-            if constexpr (masked) e[i] = fragment_column(word) <= last[row] ? e[i] : 0.f;
-            if constexpr (SUM_UNROUNDED) unrounded[row] += e[i];
-        }
+        eight_exponentials<masked, limited>(e, unrounded, scores, j, c, reference, P_LIMIT_LOG2, last);
         p[2 * j] = pack_e4m3(e[0], e[1], e[4], e[5]);
         p[2 * j + 1] = pack_e4m3(e[2], e[3], e[6], e[7]);
     }

@@ -48,7 +48,6 @@ struct TileMaximum {
 };
 
 /// P of one tile as A operand of the PV GEMM, in the order of `exponentials`; this thread's sums of P and, for LSE, of 2^-24 P before rounding.
-/// `limited`: bound the exponent, for rows whose logits are so large that rounding alone could lift P out of range.
 template <bool masked, bool limited>
 DEVICE void exponentials_u8(u32 (&p)[16], u32 (&sums)[2], float (&unrounded)[2], const Logits& scores, float c, const TileMaximum& maximum, const i32 (&last)[2]) {
     float subtrahend[2];
@@ -62,16 +61,7 @@ DEVICE void exponentials_u8(u32 (&p)[16], u32 (&sums)[2], float (&unrounded)[2],
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         float e[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int word = 8 * j + i;
-            const int row = fragment_row(word);
-            float exponent = __fmaf_rn(scores[0][word], c, -subtrahend[row]);
-            if constexpr (limited) exponent = fminf(exponent, U8_TOP_LOG2);
-            e[i] = exp2_approx(exponent);
-            if constexpr (masked) e[i] = fragment_column(word) <= last[row] ? e[i] : 0.f;
-            if constexpr (SUM_UNROUNDED) unrounded[row] += e[i];
-        }
+        eight_exponentials<masked, limited>(e, unrounded, scores, j, c, subtrahend, U8_TOP_LOG2, last);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const u32 two = pack_f16(e[2 * row], e[2 * row + 1]), other_two = pack_f16(e[2 * row + 4], e[2 * row + 5]);

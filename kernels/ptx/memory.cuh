@@ -75,11 +75,6 @@ DEVICE void load_matrices(u32 (&word)[4], u32 row) {
 }
 
 /// PTX ISA 9.7.9.8, ld.
-DEVICE void load_shared_8_bytes(float (&value)[2], u32 from) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "r"(from) : "memory");
-}
-
-/// PTX ISA 9.7.9.8, ld.
 DEVICE void load_shared_floats(float (&value)[4], u32 from) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])

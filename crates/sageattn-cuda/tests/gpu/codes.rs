@@ -206,6 +206,14 @@ impl Case {
             .unwrap()
     }
 
+    /// Of a head's `values`; 0 in the padding of keys and channels.
+    fn value(&self, values: &[f32], key: usize, channel: usize) -> f32 {
+        match channel < self.head_dim && key < self.kv_len {
+            true => values[key * self.head_dim + channel],
+            false => 0.0,
+        }
+    }
+
     fn sampled_keys(&self) -> Vec<usize> {
         match self.smooth {
             Smooth::Off => Vec::new(),
@@ -313,13 +321,9 @@ impl<'a> Codes<'a> {
     fn check_integer_v(&self, head: usize, values: &[f32], case: &Case) -> Result<(), String> {
         let (width, tiles) = (case.width(), case.kv_len.div_ceil(TILE));
         for channel in 0..width {
-            let at = |key: usize| match channel < case.head_dim && key < case.kv_len {
-                true => values[key * case.head_dim + channel],
-                false => 0.0,
-            };
-            let amax = (0..case.kv_len)
-                .map(|key| at(key).abs())
-                .fold(0.0, f32::max);
+            let at = |key| case.value(values, key, channel);
+            let amax = (0..case.kv_len).map(|key| at(key).abs());
+            let amax = amax.fold(0.0, f32::max);
             let scale = self.v_scales[head * width + channel];
             // A channel of zeros has scale 0, so that it gives 0 whatever its codes.
             if amax >= 1e-30 {
@@ -344,13 +348,9 @@ impl<'a> Codes<'a> {
     fn check_v(&self, head: usize, values: &[f32], case: &Case) -> Result<(), String> {
         let (width, tiles) = (case.width(), case.kv_len.div_ceil(TILE));
         for channel in 0..width {
-            let at = |key: usize| match channel < case.head_dim && key < case.kv_len {
-                true => values[key * case.head_dim + channel],
-                false => 0.0,
-            };
-            let amax = (0..case.kv_len)
-                .map(|key| at(key).abs())
-                .fold(0.0, f32::max);
+            let at = |key| case.value(values, key, channel);
+            let amax = (0..case.kv_len).map(|key| at(key).abs());
+            let amax = amax.fold(0.0, f32::max);
             let scale = self.v_scales[head * width + channel];
             scale_is(scale, amax, 448.0).map_err(|e| format!("V, channel {channel}: {e}"))?;
             let mut residuals = vec![Residual::default(); tiles];

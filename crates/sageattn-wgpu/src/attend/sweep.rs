@@ -162,7 +162,7 @@ fn candidates(head_dim: usize) -> &'static [Candidate] {
 }
 
 #[test]
-#[ignore = "compares tiles that do not ship, and keeps a GPU with matrix cores busy for a minute: for whoever tunes the tier"]
+#[ignore = "needs a GPU with cooperative matrices, which the drivers in software that the tests install have not, and times it for a minute"]
 fn sweep() {
     let gpu = Wgpu::best().unwrap();
     let facts = &gpu.context.facts;
