@@ -113,8 +113,8 @@ KINDS = ("running", "lazy", "integers")
 def attention(head_dim, causal, kind):
     """The variant that a plan chooses (`tile` in crates/sageattn-cuda/src/plan.rs)."""
     consumers = 2 if head_dim == 256 else 3
-    stages = {64: 6, 128: 5, 256: 2}[head_dim]
-    shared = consumers * (68 * head_dim + 16) + stages * (256 * head_dim + 48) + 16 * head_dim + 384
+    stages = {64: 8, 128: 4, 256: 2}[head_dim]
+    shared = consumers * (68 * head_dim + 16) + stages * (256 * head_dim + 32) + 16 * head_dim + 384
     constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, INT8_PV=int(kind == "integers"), RUNNING_MAX=int(kind != "lazy"), CONSUMERS=consumers, STAGES=stages)
     return Kernel("sm90/attn_i8_f8.cu", "attn_i8_i8_sm90" if kind == "integers" else "attn_i8_f8_sm90", shared, **constants)
 

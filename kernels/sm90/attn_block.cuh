@@ -19,8 +19,9 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS 
 constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
 constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 
-using StageRing = Ring<STAGES>;
-using StageCursor = Cursor<STAGES>;
+/// A stage holds K of a tile and V of the one before it, which are multiplied in the same turn; over all works of a block.
+using TileRing = Ring<STAGES>;
+using TileCursor = Count<STAGES>;
 /// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at. Even: see
 /// residual_of_work.
 constexpr int WORK_SLOTS = 4;
@@ -52,9 +53,8 @@ constexpr u32 CHANNEL_BYTES = HEAD_DIM * sizeof(float);
 constexpr u32 V_SCALES_AT = RESIDUALS_AT + CONSUMERS * CHANNEL_BYTES;
 constexpr u32 WORK_AT = V_SCALES_AT + WORK_SLOTS * CHANNEL_BYTES;
 constexpr u32 SCALES_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
-constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
-constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
-constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
+constexpr u32 TILE_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr u32 WORK_RING_AT = TILE_RING_AT + TileRing::BYTES;
 constexpr u32 RESIDUAL_RINGS_AT = WORK_RING_AT + WorkRing::BYTES;
 constexpr u32 SHARED_BYTES = RESIDUAL_RINGS_AT + CONSUMERS * ResidualRing::BYTES;
 static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and copies");
@@ -96,20 +96,22 @@ DEVICE int unmasked_tiles(const AttnParams& params, i32 row) {
     return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
 }
 
-/// Tiles that the rows of a work see, together.
+/// Tiles that the rows of a work see, together: those that its last rows see.
 DEVICE int tiles_of_work(const AttnParams& params, const Work& work) {
     return visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
+}
+
+/// Whether a work's first tile of K is in one stage with the last tile of V of the work before.
+DEVICE bool joins(const AttnParams& params, const Work& work) {
+    return work.batch < params.batch && tiles_of_work(params, work) > 0;
 }
 
 /// The rings of a block and what they carry.
 struct Pipeline {
     u32 shared;
 
-    DEVICE StageRing k() const {
-        return {shared + K_RING_AT};
-    }
-    DEVICE StageRing v() const {
-        return {shared + V_RING_AT};
+    DEVICE TileRing tiles() const {
+        return {shared + TILE_RING_AT};
     }
     DEVICE WorkRing work() const {
         return {shared + WORK_RING_AT};

@@ -6,7 +6,8 @@
 
 /// Draws works until there are none, publishes each with its channel scales of V, and streams its tiles.
 DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
-    StageCursor at;
+    const TileRing ring = pipeline.tiles();
+    TileCursor at;
     WorkCursor work_at;
     const auto publish = [&](u32 index) {
         const Work work = decode_work(params, index);
@@ -20,6 +21,12 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
         work_at.advance();
         return work;
     };
+    const auto copy_v = [&](u64 tile, u32 full) {
+        bulk_copy_to_shared(pipeline.shared + V_AT + at.stage() * TILE_BYTES, params.v_codes + tile * TILE_BYTES, TILE_BYTES, full);
+    };
+    // Whether V of the last tile is still to be copied.
+    bool owes_v = false;
+    u64 last_v = 0;
     u32 index = blockIdx.x;
     for (Work work = publish(index); work.batch < params.batch;) {
         const bool first = index == blockIdx.x;
@@ -33,15 +40,22 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
             }
             if (tile == tiles) break;
             // At the launch all multiprocessors ask at once: Q and the first tile come first.
-            if (tile == 1 && first) mbarrier_wait(pipeline.k().empty(0), 0);
-            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES, [&](u32 full) {
-                bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
-                bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
-            });
-            pipeline.v().open(at, TILE_BYTES, [&](u32 full) {
-                bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
+            if (tile == 1 && first) mbarrier_wait(ring.full(0), 0);
+            if (STAGES > 1 && tile == 2 && first) mbarrier_wait(ring.empty(0), 0);
+            ring.open(at, TILE_BYTES + SCALE_BYTES + (owes_v ? TILE_BYTES : 0), [&](u32 full) {
+                if (owes_v) copy_v(last_v, full);
+                bulk_copy_to_shared(pipeline.shared + K_AT + at.stage() * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
+                bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage() * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
             });
             at.advance();
+            owes_v = true;
+            last_v = head + tile;
+        }
+        // Nothing follows, or not at once: readers would wait for works that cannot be published before they have read this.
+        if (owes_v && !joins(params, work)) {
+            ring.open(at, TILE_BYTES, [&](u32 full) { copy_v(last_v, full); });
+            at.advance();
+            owes_v = false;
         }
     }
 }

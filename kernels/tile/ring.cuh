@@ -18,6 +18,26 @@ struct Cursor {
     }
 };
 
+/// A Cursor where stages are a power of two: one number, of which only the last bit above the stage counts.
+template <int stages>
+struct Count {
+    static_assert((stages & (stages - 1)) == 0);
+    u32 count = 0;
+
+    DEVICE u32 stage() const {
+        return count % stages;
+    }
+    DEVICE u32 parity() const {
+        return count / stages % 2;
+    }
+    DEVICE void advance() {
+        ++count;
+    }
+    DEVICE operator Cursor<stages>() const {
+        return {stage(), parity()};
+    }
+};
+
 /// `barriers`: 2 * stages mbarriers of 8 bytes.
 template <int stages>
 struct Ring {
@@ -54,6 +74,6 @@ struct Ring {
     /// Reader: gives the stage back; one lane of each reading warp, after the warp's last read has ended, or each thread
     /// where `init` counted threads.
     DEVICE void release(Cursor<stages> at, bool elected) const {
-        if (elected) mbarrier_arrive(empty(at.stage));
+        mbarrier_arrive_if(elected, empty(at.stage));
     }
 };
