@@ -21,9 +21,8 @@ constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 
 /// A stage holds K of a tile and V of the one before it, which are multiplied in the same turn; over all works of a block.
 using TileRing = Ring<STAGES>;
-using TileCursor = Count<STAGES>;
-/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at. Even: see
-/// residual_of_work.
+using TileCursor = Cursor<STAGES>;
+/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at.
 constexpr int WORK_SLOTS = 4;
 /// Tiles before the end of a work's copies at which the next work is drawn: its Q is then in L2 when it is needed, and blocks still end together.
 constexpr int DRAW_AHEAD = 4;
@@ -124,15 +123,14 @@ struct Pipeline {
 /// The work in a slot, read again when it is needed: kept across the loop it would cost the registers that the loop has not got.
 DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
     u32 word[4];
-    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
+    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage() * sizeof(Work));
     // The same in every lane, which a shuffle tells the compiler.
     return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), static_cast<i32>(__shfl_sync(~0u, word[3], 0))};
 }
 
 /// Each work uses the one stage of a warpgroup's residuals once.
 DEVICE Cursor<1> residual_of_work(WorkCursor at) {
-    static_assert(WORK_SLOTS % 2 == 0, "the stage counts works");
-    return {0, at.stage % 2};
+    return {at.count};
 }
 
 /// Address of a query's row in q or o, null past the last and (as unsigned) before the first.

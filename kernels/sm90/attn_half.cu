@@ -143,14 +143,14 @@ DEVICE void produce_q_and_k(const HalfParams& params, Pipeline pipeline) {
     for (Works works{blockIdx.x, false}; works.any(params); works.advance(params)) {
         const Work work = works.get(params);
         pipeline.q().open(q_at, Q_BYTES, [&](u32 full) {
-            copy_rows<BLOCK_ROWS>(pipeline.shared + q_at.stage * Q_BYTES, params.q_map, work.row, work.head, work.batch, full);
+            copy_rows<BLOCK_ROWS>(pipeline.shared + q_at.stage() * Q_BYTES, params.q_map, work.row, work.head, work.batch, full);
         });
         q_at.advance();
         const int tiles = tiles_of_work(params, work);
         const u32 kv_head = work.head / params.q_heads_per_kv_head;
         for (int tile = 0; tile < tiles; ++tile) {
             pipeline.k().open(k_at, TILE_BYTES, [&](u32 full) {
-                copy_rows<KEYS>(pipeline.shared + K_AT + k_at.stage * TILE_BYTES, params.k_map, tile * KEYS, kv_head, work.batch, full);
+                copy_rows<KEYS>(pipeline.shared + K_AT + k_at.stage() * TILE_BYTES, params.k_map, tile * KEYS, kv_head, work.batch, full);
             });
             k_at.advance();
         }
@@ -165,7 +165,7 @@ DEVICE void produce_v(const HalfParams& params, Pipeline pipeline) {
         const u32 kv_head = work.head / params.q_heads_per_kv_head;
         for (int tile = 0; tile < tiles; ++tile) {
             pipeline.v().open(v_at, TILE_BYTES, [&](u32 full) {
-                copy_rows<KEYS>(pipeline.shared + V_AT + v_at.stage * TILE_BYTES, params.v_map, tile * KEYS, kv_head, work.batch, full);
+                copy_rows<KEYS>(pipeline.shared + V_AT + v_at.stage() * TILE_BYTES, params.v_map, tile * KEYS, kv_head, work.batch, full);
             });
             v_at.advance();
         }
@@ -299,14 +299,14 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     // Q of the current work. Once in registers, its slot is free.
     const auto take_q = [&]() {
         q_ring.wait(q_at);
-        q.take(pipeline.shared + q_at.stage * Q_BYTES, warpgroup);
+        q.take(pipeline.shared + q_at.stage() * Q_BYTES, warpgroup);
         if constexpr (Q_IN_REGISTERS) {
             __syncwarp();
             release_q(elected);
         }
     };
     const auto issue_qk = [&]() {
-        const u64 k = moved(k_stages, k_at.stage * (TILE_BYTES / 16));
+        const u64 k = moved(k_stages, k_at.stage() * (TILE_BYTES / 16));
         wgmma_fence();
         multiply_qk(scores, q, k);
         wgmma_commit();
@@ -336,7 +336,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         for (int i = 0; i < KEYS / 4; ++i) p[i] = pack_pair(IN_T{}, scores[2 * i], scores[2 * i + 1]);
     };
     const auto issue_pv = [&](bool accumulate) {
-        multiply_pv(output, p, moved(v_stages, v_at.stage * (TILE_BYTES / 16)), accumulate);
+        multiply_pv(output, p, moved(v_stages, v_at.stage() * (TILE_BYTES / 16)), accumulate);
         wgmma_commit();
     };
     const auto finish_pv = [&]() {

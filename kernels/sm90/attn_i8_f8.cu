@@ -8,7 +8,7 @@
 //           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits). INT8_PV: T is exact in s32, and read as f32 as it
 //           is (attn/softmax_u8.cuh).
 // Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them, each before the last one's tiles are
-//           all under way, and streams their tiles of K and V through two rings of STAGES; a spare warp of the producer's brings their Q to L2. Each
+//           all under way, and streams their tiles of K and V through a ring of STAGES; a spare warp of the producer's brings their Q to L2. Each
 //           consumer warpgroup takes its 64 rows' tiles in order, the masked ones last, in a loop of their own. In its last turn of a work it quantizes
 //           its rows of the next work's Q and computes that one's first scores; then it stores O.
 // Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1); dot products with ones (INT8_PV).
@@ -186,7 +186,6 @@ DEVICE void store_lse(const AttnParams& params, const Work& work, i32 first_row,
 }
 
 DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) {
-    const bool elected = threadIdx.x % 32 == 0;
     const TileRing ring = pipeline.tiles();
     const u32 slab = pipeline.shared + warpgroup * Q_SLAB;
     const u64 q = operand_descriptor<HEAD_DIM>(slab);
@@ -335,6 +334,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 for (int row = 0; row < 2; ++row) rows.unrounded[row] += unrounded[row];
             }
         };
+        // Drawn when most tiles of this one have been read: to be asked for no earlier.
         const auto next_work = [&]() {
             WorkCursor next_at = work_at;
             next_at.advance();
@@ -347,7 +347,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             constexpr bool is_last = decltype(last)::value;
             u32 p[16];
             softmax(masked, p, tile);
-            // The stage holds the first tile of a work of which this warpgroup has not computed the scores.
+            // The stage that this one's last V is in belongs to the next work, too, and this warpgroup's rows see nothing there: it stays until then.
             bool keeps = false;
             if constexpr (is_last) {
                 if (own_tiles == tiles_of_work(params, work_in_slot(pipeline, work_at))) {
@@ -396,7 +396,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
 #pragma unroll
                 for (auto& part : scores) wgmma_result(part);
             }
-            ring.release(at, elected);
+            ring.release(at, elect_one());
             at.advance();
         }
         if (!RUNNING_MAX && own_tiles > 0) {
@@ -426,15 +426,15 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         // LSE first: it reads Q again, and O takes the registers that it needs.
         if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
         if constexpr (V_RESIDUALS) residual_ring.wait(residual_of_work(work_at));
-        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES,
+        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage() * CHANNEL_BYTES,
                      pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES, output, rows);
         if constexpr (V_RESIDUALS) residual_ring.release({}, true);
         // Tiles that only later warpgroups of the block see.
         for (const int tiles = tiles_of_work(params, done); tile < tiles; ++tile) {
-            // The last one's V may be in one stage with the next work's K, which is drawn when most of these have been read.
+            // The last one's V may be in one stage with the next work's K.
             if (tile + 1 < tiles || !joins(params, next_work())) {
                 ring.wait(at);
-                ring.release(at, elected);
+                ring.release(at, elect_one());
                 at.advance();
             }
             turns.wait();
@@ -442,7 +442,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         }
         // Every lane has read V's scales.
         __syncwarp();
-        pipeline.work().release(work_at, elected);
+        pipeline.work().release(work_at, elect_one());
     }
     turns.close();
 }

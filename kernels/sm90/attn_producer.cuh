@@ -13,9 +13,9 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
         const Work work = decode_work(params, index);
         const bool any = work.batch < params.batch;
         pipeline.work().open(work_at, any ? CHANNEL_BYTES : 0, [&](u32 full) {
-            store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
+            store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage() * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
             if (!any) return;
-            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES;
+            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage() * CHANNEL_BYTES;
             bulk_copy_to_shared(to, params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM, CHANNEL_BYTES, full);
         });
         work_at.advance();
@@ -98,7 +98,7 @@ DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline, const
         const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
         const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
         const ResidualRing ring = pipeline.residual(warpgroup);
-        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity ^ 1);
+        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity() ^ 1);
 #pragma unroll
         for (int i = 0; i < CHANNELS; i += 2) {
             const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;

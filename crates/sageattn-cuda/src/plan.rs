@@ -210,7 +210,7 @@ const fn tile(width: u32) -> (u32, u32) {
     match width {
         // Three warpgroups of 160 registers keep the tensor cores busy while two take exponentials; a
         // fourth would leave each too few for S, P and O. Stages of 16 KiB are soon read: six or more of them
-        // cover the latency of memory. Powers of two are counted with fewer instructions.
+        // cover the latency of memory. A power of two is counted with fewer instructions.
         64 => (3, 8),
         // 32 KiB a stage: beyond three, more make no difference.
         128 => (3, 4),

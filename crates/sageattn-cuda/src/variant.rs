@@ -102,7 +102,7 @@ pub struct Attend {
     pub running_max: bool,
     /// Warpgroups that multiply, 64 rows of Q each.
     pub consumers: u32,
-    /// Tiles of K, and of V, that shared memory holds: a power of two.
+    /// Tiles of K, and of V, that shared memory holds.
     pub stages: u32,
 }
 
