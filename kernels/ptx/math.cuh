@@ -64,8 +64,8 @@ DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     return word;
 }
 
-/// Four floats as signed bytes, the first in the lowest: nearest even, saturated; NaN gives 0. Two instructions: a rounding and a packing of PTX are
-/// one, for two numbers. PTX ISA 9.7.9.21, cvt, and 9.7.9.22, cvt.pack.
+/// Four floats as signed bytes, the first in the lowest: nearest even, saturated; NaN gives 0. ptxas makes one instruction of
+/// two roundings and a packing. PTX ISA 9.7.9.21, cvt, and 9.7.9.22, cvt.pack.
 DEVICE u32 pack_s8(float a, float b, float c, float d) {
     u32 word;
     asm("{ .reg .s32 a, b, c, d;\n"

@@ -19,7 +19,8 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS 
 constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
 constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 
-/// A stage holds K of a tile and V of the one before it, which are multiplied in the same turn; over all works of a block.
+/// A stage holds K of a tile and V of the one before, which are multiplied in the same turn: in one stream over all works of a block, of which the first
+/// stage has no V, and what comes before a work without tiles, or at the end, no K.
 using TileRing = Ring<STAGES>;
 using TileCursor = Cursor<STAGES>;
 /// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at.
@@ -130,6 +131,7 @@ DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
 
 /// Each work uses the one stage of a warpgroup's residuals once.
 DEVICE Cursor<1> residual_of_work(WorkCursor at) {
+    static_assert((WORK_SLOTS & (WORK_SLOTS - 1)) == 0, "the cursor counts works");
     return {at.count};
 }
 

@@ -141,11 +141,14 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
         const float sum = INT8_PV ? quad_sum(rows.sum[h]) : RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
         normalize[h] = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
         o_row[h] = query_row(params, params.o, params.o_stride, work, first_row + row_of_thread(h));
-        if (!CAUSAL || sum > 0.f) continue;
-        // The rows of a warp that see no key are few: a choice for each number costs more.
+        if constexpr (CAUSAL) {
+            // Rows that see no key are few: a choice for each number costs more.
+            if (sum == 0.f) {
 #pragma unroll 1
-        for (int column = 0; column < HEAD_DIM; column += 32) store_finite_octet(IN_T{}, o_row[h], {}, column + lane % 4 * OCTET, params.head_dim);
-        o_row[h] = nullptr;
+                for (int column = 0; column < HEAD_DIM; column += 32) store_finite_octet(IN_T{}, o_row[h], {}, column + lane % 4 * OCTET, params.head_dim);
+                o_row[h] = nullptr;
+            }
+        }
     }
 #pragma unroll
     for (int column = 0; column < HEAD_DIM; column += 32) {
@@ -369,7 +372,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 add_pv(p, Constant<0>{});
                 if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
             }
-            // Where no work follows, Q meets what lies in K's part of the stage, and nobody reads the scores: a branch among the GEMMs costs more.
+            // Where these are not this warpgroup's next scores, Q meets what lies in K's part of the stage, and nobody reads them: a branch among the GEMMs
+            // costs more.
             issue_qk();
             turns.pass();
             multiplier = k_multiplier();

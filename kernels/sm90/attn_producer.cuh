@@ -39,7 +39,8 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
                 work = publish(index);
             }
             if (tile == tiles) break;
-            // At the launch all multiprocessors ask at once: Q and the first tile come first.
+            // At the launch all multiprocessors ask at once: Q and the first K come first, then the second stage, then all others. (One stage is opened
+            // when the one before has been read, in any case, and that barrier may be two phases on.)
             if (tile == 1 && first) mbarrier_wait(ring.full(0), 0);
             if (STAGES > 1 && tile == 2 && first) mbarrier_wait(ring.empty(0), 0);
             ring.open(at, TILE_BYTES + SCALE_BYTES + (owes_v ? TILE_BYTES : 0), [&](u32 full) {
@@ -121,6 +122,6 @@ DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
         first = false;
         if constexpr (V_RESIDUALS) average_residuals(params, pipeline, work, work_at);
         __syncwarp();
-        pipeline.work().release(work_at, threadIdx.x % 32 == 0);
+        pipeline.work().release(work_at, elect_one());
     }
 }

@@ -63,7 +63,17 @@ fn uneven_works(cuda: &Cuda) -> Result<(), Failed> {
         };
         Call::new(shape, DType::F16).check_quantized(cuda)?;
     }
-    // Many works without keys before and between those that have some, for each multiprocessor.
+    // More works than multiprocessors, whole ones before partial ones: what a warpgroup finds in a stage
+    // may be the next work's, of which its rows see nothing.
+    let partial = Shape {
+        q_len: 200,
+        ..Shape::mha(1, 200, 700, 64)
+    };
+    Call::new(partial, DType::F16).check_quantized(cuda)?;
+    let causal = Call::new(Shape::mha(1, 150, 450, 64), DType::F16)
+        .with(|problem| problem.with_mask(Mask::Causal(Align::TopLeft)));
+    causal.check_quantized(cuda)?;
+    // Many works without keys before and between those that have some.
     for kv_len in [1, 129, 300] {
         let shape = Shape {
             kv_len,
