@@ -32,13 +32,17 @@ struct RowState {
     float reference[2] = {NO_REFERENCE, NO_REFERENCE};
     /// This lane's share of the sum of P.
     float sum[2] = {0.f, 0.f};
-    /// Whether a reference of the warp is too large a logit to be multiplied before it is subtracted.
+    /// Whether one of the warp's is too large a logit to be multiplied before it is subtracted.
     bool large = false;
     /// Whether a row of the warp has no reference.
     bool fresh = true;
 
     DEVICE bool has_reference(int row) const {
         return reference[row] != NO_REFERENCE;
+    }
+    /// What scores may be compared with: a masked score less it is -inf.
+    DEVICE float reference_or_zero(int row) const {
+        return has_reference(row) ? reference[row] : 0.f;
     }
 };
 
@@ -62,11 +66,6 @@ DEVICE void negate_scores(float (&s)[words]) {
     for (int i = 0; i < words; ++i) s[i] = -s[i];
 }
 
-/// The exponent of a row's reference; 0 where there is none, so that a masked score stays -inf.
-DEVICE float exponent_offset(const RowState& rows, int row, float multiplier) {
-    return rows.has_reference(row) ? rows.reference[row] * multiplier : 0.f;
-}
-
 /// The references of rows that `must` move become the maxima of these scores.
 template <int words>
 DEVICE Shrink move_references(RowState& rows, const bool (&must)[2], const float (&s)[words], float c) {
@@ -84,28 +83,36 @@ DEVICE Shrink move_references(RowState& rows, const bool (&must)[2], const float
         shrink.by[row] = exp2_approx((before - rows.reference[row]) * c);
         rows.sum[row] *= shrink.by[row];
     }
-    rows.large = any_lane(fmaxf(fabsf(exponent_offset(rows, 0, c)), fabsf(exponent_offset(rows, 1, c))) > LARGEST_PLAIN_LOGIT);
+    rows.large = any_lane(fmaxf(fabsf(rows.reference_or_zero(0)), fabsf(rows.reference_or_zero(1))) * c > LARGEST_PLAIN_LOGIT);
     rows.fresh = any_lane(!rows.has_reference(0) || !rows.has_reference(1));
     return shrink;
 }
 
+/// P = 2^(score multiplier - offset).
+struct Exponents {
+    float multiplier;
+    float offset[2];
+};
+
+/// Scores to exponents, for references that are too large to be subtracted after: products as large as these are rounded by binades.
+template <int words>
+DEVICE Exponents subtract_first(float (&s)[words], const RowState& rows, float c) {
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+        const int row = fragment_row(i);
+        s[i] = (s[i] - rows.reference_or_zero(row)) * c;
+    }
+    return {1.f, {0.f, 0.f}};
+}
+
 /// Scores to P, not yet rounded, in place, and this thread's sums of it.
 template <int words>
-DEVICE void scores_to_p(float (&s)[words], float (&sum)[2], const RowState& rows, float c) {
-    float multiplier = c;
-    float offset[2] = {exponent_offset(rows, 0, multiplier), exponent_offset(rows, 1, multiplier)};
-    if (rows.large) {
-        // Differences first: products as large as these are rounded by binades.
-#pragma unroll
-        for (int i = 0; i < words; ++i) s[i] = (s[i] - exponent_offset(rows, fragment_row(i), 1.f)) * multiplier;
-        multiplier = 1.f;
-        offset[0] = offset[1] = 0.f;
-    }
+DEVICE void scores_to_p(float (&s)[words], float (&sum)[2], const Exponents& exponents) {
     float chain[2][2] = {};
 #pragma unroll
     for (int i = 0; i < words; ++i) {
         const int row = fragment_row(i);
-        s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, -offset[row]));
+        s[i] = exp2_approx(__fmaf_rn(s[i], exponents.multiplier, -exponents.offset[row]));
         chain[row][i % 2] += s[i];
     }
     sum[0] = chain[0][0] + chain[0][1];

@@ -252,7 +252,7 @@ DEVICE void multiply_qk(float (&scores)[KEYS / 2], const QOperand<Q_IN_REGISTERS
 
 /// The same for the 16 rows of one warp, which need not wait for its warpgroup.
 DEVICE void multiply_qk_alone(float (&scores)[KEYS / 2], const QOperand<Q_IN_REGISTERS>& q, u32 q_slot, int warpgroup, u32 k) {
-    const int lane = threadIdx.x % 32;
+    const int lane = lane_here();
     const int key = lane / 16 * 8 + lane % 8, channel_bytes = lane / 8 % 2 * 16;
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i) scores[i] = 0.f;
@@ -376,26 +376,30 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         }
         mask_scores(scores, last);
     };
+    // Whether scores of `tile` need more than their exponentials. Known before they are there, and one branch: nothing hides what stands between the two.
+    const auto is_special = [&]() {
+        return negative || tile >= task.whole_tiles || rows.fresh || rows.large;
+    };
+    const auto prepare_scores = [&](bool moves, const bool (&must_move)[2]) {
+        if (negative) negate_scores(scores);
+        if (tile >= task.whole_tiles) hide_keys();
+        if (moves) shrink = move_references(rows, must_move, scores, c);
+        return rows.large ? subtract_first(scores, rows, c) : Exponents{c, {rows.reference_or_zero(0) * c, rows.reference_or_zero(1) * c}};
+    };
     // Scores of `tile` of the current work, which are complete, to P. Where a P could be out of range they are computed again: the stage of K is still there.
-    const auto softmax = [&]() {
+    const auto softmax = [&](bool special) {
+        shrink.moved = false;
+        Exponents exponents{c, {rows.reference[0] * c, rows.reference[1] * c}};
+        if (special) exponents = prepare_scores(rows.fresh, {!rows.has_reference(0), !rows.has_reference(1)});
         float sum[2];
-        bool must_move[2] = {!rows.has_reference(0), !rows.has_reference(1)};
-        bool moves = rows.fresh;
-        shrink = Shrink{};
-#pragma unroll 1
-        for (bool again = false;; again = true) {
-            if (negative) negate_scores(scores);
-            if (tile >= task.whole_tiles) hide_keys();
-            if (moves) shrink = move_references(rows, must_move, scores, c);
-            scores_to_p(scores, sum, rows, c);
-            // The stage could be given back before. But the branch keeps the exponentials ahead of that arrival, and with it of the wait for P V, which
-            // ptxas would otherwise move in front of them.
-            if (again || !any_lane(fmaxf(sum[0], sum[1]) > SAFE_SUM)) break;
-#pragma unroll
-            for (int row = 0; row < 2; ++row) must_move[row] = quad_max(sum[row]) > SAFE_SUM;
-            moves = true;
+        scores_to_p(scores, sum, exponents);
+        // The stage of K could be given back before. But this branch keeps the exponentials ahead of that arrival, and with it of the wait for P V, which
+        // ptxas would otherwise move in front of them.
+        if (any_lane(fmaxf(sum[0], sum[1]) > SAFE_SUM)) {
+            const bool unsafe[2] = {quad_max(sum[0]) > SAFE_SUM, quad_max(sum[1]) > SAFE_SUM};
             wgmma_wait<0>();
             multiply_qk_alone(scores, q, pipeline.shared + q_at.stage * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage * TILE_BYTES);
+            scores_to_p(scores, sum, prepare_scores(true, unsafe));
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) rows.sum[row] += sum[row];
@@ -431,7 +435,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     if (Q_IN_REGISTERS && task.tiles == 1) look_ahead();
     wgmma_wait<0>();
     wgmma_result(scores);
-    softmax();
+    softmax(true);
     pack();
 
     // P of a tile is there, and the next scores are asked for before it is multiplied: also across works.
@@ -455,9 +459,10 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         issue_qk();
         issue_pv(accumulate);
         if (Q_IN_REGISTERS && tile + 1 == task.tiles) look_ahead();
+        const bool special = is_special();
         wgmma_wait<1>();
         wgmma_result(scores);
-        softmax();
+        softmax(special);
         finish_pv();
         if (ends) {
             store_rows(params, done, output, done_rows, c);
