@@ -11,7 +11,7 @@ nvidia-cudnn-frontend 1.32.0 (a peer that is missing is left out and named).
 For each shape every kernel is timed in each of five rounds, at least 80 ms a round, by CUDA events around single calls; each round takes the kernels in another order, since
 one that follows a hot one reads slower. The figure is the median of the rounds' medians. Up to 2048 tokens a call is replayed from a CUDA graph, which takes the launch cost out for all alike.
 TOPS = 4 B H N N D / time, halved when causal. "alone" starts from what the preparation wrote, "whole" from 16-bit tensors; both end with 16-bit O. "half" is the
-recipe without quantization, one launch: its peers are the 16-bit ones.
+recipe without quantization, one launch: its peers are the 16-bit ones, type against type, as multipliers of bf16 draw less power.
 FP8 peers are given FP8 tensors.
 """
 import concurrent.futures
@@ -108,6 +108,9 @@ class Kernel:
 
 # How P V is computed: e4m3 with either row maximum, or integers (recipe i8-i8-dyn).
 KINDS = ("running", "lazy", "integers")
+# The types that the recipe `half` is timed in; IN_T, and what tensor maps call it (CUtensorMapDataType).
+HALVES = {"half F16": torch.float16, "half BF16": torch.bfloat16}
+HALF_TYPES = {torch.float16: ("F16", 6), torch.bfloat16: ("Bf16", 9)}
 
 
 def attention(head_dim, causal, kind):
@@ -141,11 +144,11 @@ def preparation(head_dim, heads, tiles, kind):
 
 def half_tile(head_dim, causal, length):
     """What plans choose (`tile` in crates/sageattn-cuda/src/plan/half.rs)."""
-    keys, stages, stale = {64: (128, 5, 0), 128: (128, 3, 8), 256: (80, 2, 8)}[head_dim]
+    keys, stages = {64: (128, 5), 128: (128, 3), 256: (80, 2)}[head_dim]
     padded = lambda keys: -(-length // keys) * keys
     if head_dim == 64 and not causal and 16 * padded(192) <= 17 * padded(128):
-        keys, stages, stale = 192, 4, 8
-    return dict(CONSUMERS=2, KEYS=keys, Q_SLOTS=1, K_STAGES=stages, V_STAGES=stages, STALE=stale)
+        keys, stages = 192, 4
+    return dict(CONSUMERS=2, KEYS=keys, Q_SLOTS=1, K_STAGES=stages, V_STAGES=stages)
 
 
 class Ours:
@@ -194,14 +197,14 @@ class Ours:
 class Half:
     """A call of recipe `half`: one launch, which reads the tensors by tensor maps."""
 
-    def __init__(self, shape, causal):
-        self.shape, self.causal = shape, causal
+    def __init__(self, shape, causal, dtype):
+        self.shape, self.causal, self.dtype = shape, causal, dtype
         head_dim = shape[3]
         tile = half_tile(head_dim, causal, shape[2])
         row = 2 * head_dim
         stages = tile["K_STAGES"] + tile["V_STAGES"]
         shared = row * (64 * tile["CONSUMERS"] * tile["Q_SLOTS"] + tile["KEYS"] * stages) + 16 * (tile["Q_SLOTS"] + stages)
-        constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, **tile)
+        constants = dict(HEAD_DIM=head_dim, IN_T=HALF_TYPES[dtype][0], CUT_OCTET=0, CAUSAL=int(causal), LSE=0, **tile)
         self.attend = Kernel("sm90/attn_half.cu", "attn_half_sm90", shared, **constants)
         self.kernels = [self.attend]
 
@@ -209,6 +212,7 @@ class Half:
         batch, heads, length, head_dim = self.shape
         tile = self.attend.constants
         rows = 64 * tile["CONSUMERS"]
+        self.tensors = q, k, v = [x.to(self.dtype) for x in (q, k, v)]
         self.o = torch.full_like(q, float("nan"))
         row_blocks = -(-length // rows)
         items = batch * heads * (-(-row_blocks // 2) if self.causal else row_blocks)
@@ -222,24 +226,26 @@ class Half:
 
 
 def tensor_map(tensor, rows):
-    """f16 of [batch, heads, length, head_dim] in boxes of 64 channels and `rows` rows, 128-byte swizzle, 256-byte L2 promotion."""
+    """A tensor of [batch, heads, length, head_dim] in boxes of 64 channels and `rows` rows, 128-byte swizzle, 256-byte L2 promotion."""
     memory = ctypes.create_string_buffer(192)
     at = -(-ctypes.addressof(memory) // 64) * 64
     wide, narrow = ctypes.c_uint64, ctypes.c_uint32
     extents = (wide * 4)(*reversed(tensor.shape))
     strides = (wide * 3)(*(2 * stride for stride in tensor.stride()[2::-1]))
     box, steps = (narrow * 4)(64, rows, 1, 1), (narrow * 4)(1, 1, 1, 1)
-    half, plain, swizzle_128, promote_256 = 6, 0, 3, 3
-    check(cuda.cuTensorMapEncodeTiled(ctypes.c_void_p(at), half, 4, ctypes.c_void_p(tensor.data_ptr()), extents, strides, box, steps, plain, swizzle_128,
+    plain, swizzle_128, promote_256 = 0, 3, 3
+    check(cuda.cuTensorMapEncodeTiled(ctypes.c_void_p(at), HALF_TYPES[tensor.dtype][1], 4, ctypes.c_void_p(tensor.data_ptr()), extents, strides, box, steps, plain, swizzle_128,
                                       promote_256, 0), "tensor map")
     return ctypes.string_at(at, 128)
 
 
-def sdpa(backend):
+def sdpa(backend, dtype):
     def make(q, k, v, causal):
+        tensors = [x.to(dtype) for x in (q, k, v)]
+
         def call():
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                return F.scaled_dot_product_attention(*tensors, is_causal=causal)
         return call
     return make
 
@@ -286,7 +292,8 @@ def cudnn_fp8(q, k, v, causal, scale_p=1.0, scale_o=1.0):
     return call
 
 
-PEERS = {"cuDNN FP8": cudnn_fp8, "FA3 FP8": flash3(torch.float8_e4m3fn), "FA3 BF16": flash3(torch.bfloat16), "cuDNN 16-bit": sdpa(SDPBackend.CUDNN_ATTENTION)}
+PEERS = {"cuDNN FP8": cudnn_fp8, "FA3 FP8": flash3(torch.float8_e4m3fn), "FA3 BF16": flash3(torch.bfloat16),
+         "cuDNN F16": sdpa(SDPBackend.CUDNN_ATTENTION, torch.float16), "cuDNN BF16": sdpa(SDPBackend.CUDNN_ATTENTION, torch.bfloat16)}
 
 
 def replayed(call):
@@ -386,19 +393,19 @@ def build(ours):
 
 def compare(texts):
     shuffled = random.Random(0)
-    names = [f"{kind}, {part}" for kind in KINDS for part in ("alone", "whole")] + ["half", *PEERS, "preparation, us"]
+    names = [f"{kind}, {part}" for kind in KINDS for part in ("alone", "whole")] + [*HALVES, *PEERS, "preparation, us"]
     print("| shape | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     timed = lambda text: [kind for kind in KINDS if kind != "running" or parse(text)[0][2] <= RUNNING_UP_TO]
     ours = {(text, kind): Ours(*parse(text), kind) for text in texts for kind in timed(text)}
-    halves = {text: Half(*parse(text)) for text in texts if parse(text)[0][2] <= HALF_UP_TO}
+    halves = {(text, name): Half(*parse(text), dtype) for text in texts if parse(text)[0][2] <= HALF_UP_TO for name, dtype in HALVES.items()}
     build([*ours.values(), *halves.values()])
     for text in texts:
         shape, causal = parse(text)
         q, k, v = normal(shape, 0)
         bound = {kind: ours[text, kind].bind(q, k, v) for kind in timed(text)}
         calls = {f"{kind}, {part}": getattr(call, part) for kind, call in bound.items() for part in ("alone", "whole")}
-        if text in halves:
-            calls["half"] = halves[text].bind(q, k, v).whole
+        without = {name: halves[text, name].bind(q, k, v) for name in HALVES if (text, name) in halves}
+        calls |= {name: call.whole for name, call in without.items()}
         for name, make in PEERS.items():
             try:
                 calls[name] = make(q, k, v, causal)
@@ -425,8 +432,8 @@ def compare(texts):
         del calls, q, k, v
         for call in bound.values():
             call.scratch = call.o = None
-        if text in halves:
-            halves[text].o = None
+        for call in without.values():
+            call.tensors = call.o = None
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ DEVICE void allow_next_launch() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+/// This thread's lane, read where it is asked for: nothing that follows from it is computed ahead of a branch. PTX ISA 10.3, %laneid.
+DEVICE int lane_here() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 /// PTX ISA 9.7.13.8, vote.sync.
 DEVICE bool any_lane(bool predicate) {
     return __any_sync(~0u, predicate);

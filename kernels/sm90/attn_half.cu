@@ -7,11 +7,12 @@
 // Roles     one block per multiprocessor walks a fixed sequence of works. Two producer threads copy boxes of the tensors, one Q and K, the other V, through
 //           three rings; rows past the last and channels past head_dim arrive as zeros. Each consumer warpgroup has 64 rows of Q.
 // Schedule  S of the next tile is asked for before O takes the P V of this one, so that exponentials run beside P V. The next tile may be the first of the
-//           next work: while O is stored, its scores are on their way.
+//           next work: while O is stored, its scores are on their way. That work is looked up, and its Q taken, beside the last scores of this one.
 // Shared    Q [Q_SLOTS][CONSUMERS x 64 x HEAD_DIM] | K [K_STAGES][KEYS x HEAD_DIM] | V [V_STAGES][KEYS x HEAD_DIM] | barriers
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES, STALE as in README.md.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES as in README.md.
 #include "abi.cuh"
 #include "attn/softmax_half.cuh"
+#include "ptx/mma_half.cuh"
 #include "ptx/tensor_copy.cuh"
 #include "ptx/wgmma_half.cuh"
 #include "tile/ring.cuh"
@@ -114,6 +115,23 @@ DEVICE int unmasked_tiles(const HalfParams& params, u32 row) {
     return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / KEYS;
 }
 
+/// A warpgroup's share of a work.
+struct Task {
+    u32 batch;
+    u32 head;
+    /// The first of its rows.
+    u32 row;
+    /// Tiles, which the whole block goes through, and how many of them need no mask.
+    int tiles;
+    int whole_tiles;
+};
+
+DEVICE Task task_of(const HalfParams& params, const Works& works, int warpgroup) {
+    const Work work = works.get(params);
+    const u32 row = work.row + warpgroup * ROWS;
+    return {work.batch, work.head, row, tiles_of_work(params, work), unmasked_tiles(params, row)};
+}
+
 struct Pipeline {
     u32 shared;
 
@@ -178,25 +196,33 @@ DEVICE u64 moved(u64 descriptor, u32 by) {
     return descriptor >> 32 << 32 | low;
 }
 
+/// Of a warp's 16 rows of Q word i is row lane / 4 + 8 (i % 2), channels 16 `step` + 8 (i / 2) + 2 (lane % 4) and the next.
+DEVICE void load_rows(u32 (&word)[4], u32 slot, int warpgroup, int step) {
+    const int lane = threadIdx.x % 32;
+    const int row = warpgroup * ROWS + threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
+    load_matrices(word, slot + swizzled<BLOCK_ROWS, WIDTH>(row, 32 * step + 16 * (lane / 16)));
+}
+
 /// Q of a warpgroup as A operand of the GEMM, taken from where its slot of shared memory holds it.
 template <bool in_registers>
 struct QOperand;
 
-/// In registers: word i of step s is, of a warp's 16 rows, row lane / 4 + 8 (i % 2), channels 16 s + 8 (i / 2) + 2 (lane % 4) and the next.
+/// In registers.
 template <>
 struct QOperand<true> {
     u32 word[HEAD_DIM / 16][4];
 
     DEVICE void take(u32 slot, int warpgroup) {
-        const int lane = threadIdx.x % 32;
-        const int row = warpgroup * ROWS + threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
 #pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; ++step) {
-            load_matrices(word[step], slot + swizzled<BLOCK_ROWS, WIDTH>(row, 32 * step + 16 * (lane / 16)));
-        }
+        for (int step = 0; step < HEAD_DIM / 16; ++step) load_rows(word[step], slot, warpgroup, step);
     }
     DEVICE const u32 (&operand(int step) const)[4] {
         return word[step];
+    }
+    /// The same of this warp alone.
+    DEVICE void fragment(u32 (&rows)[4], int step, u32, int) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows[i] = word[step][i];
     }
 };
 
@@ -211,6 +237,9 @@ struct QOperand<false> {
     DEVICE u64 operand(int step) const {
         return descriptor + slice_offset<BLOCK_ROWS, WIDTH>(step) / 16;
     }
+    DEVICE void fragment(u32 (&rows)[4], int step, u32 slot, int warpgroup) const {
+        load_rows(rows, slot, warpgroup, step);
+    }
 };
 
 /// S = Q K^T.
@@ -218,6 +247,27 @@ DEVICE void multiply_qk(float (&scores)[KEYS / 2], const QOperand<Q_IN_REGISTERS
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
         wgmma_scores(IN_T{}, scores, q.operand(step), k + slice_offset<KEYS, WIDTH>(step) / 16, step > 0);
+    }
+}
+
+/// The same for the 16 rows of one warp, which need not wait for its warpgroup.
+DEVICE void multiply_qk_alone(float (&scores)[KEYS / 2], const QOperand<Q_IN_REGISTERS>& q, u32 q_slot, int warpgroup, u32 k) {
+    const int lane = lane_here();
+    const int key = lane / 16 * 8 + lane % 8, channel_bytes = lane / 8 % 2 * 16;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i) scores[i] = 0.f;
+    // Only registers need an index that the compiler knows.
+    constexpr int unrolled = Q_IN_REGISTERS ? HEAD_DIM / 16 : 1;
+#pragma unroll unrolled
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        u32 rows[4], keys[4];
+        q.fragment(rows, step, q_slot, warpgroup);
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; ++j) {
+            load_matrices(keys, k + swizzled<KEYS, WIDTH>(16 * j + key, 32 * step + channel_bytes));
+            mma_k16(IN_T{}, scores + 8 * j, rows, keys[0], keys[1]);
+            mma_k16(IN_T{}, scores + 8 * j + 4, rows, keys[2], keys[3]);
+        }
     }
 }
 
@@ -239,15 +289,15 @@ DEVICE u32 row_of_thread(int h) {
 }
 
 /// O / (sum of P), and LSE. A row without keys has sum 0 and gives 0 and -inf.
-DEVICE void store_rows(const HalfParams& params, const Work& work, u32 first_row, const float (&output)[PANELS][PANEL / 2], const RowState& rows, Exponents exponents) {
+DEVICE void store_rows(const HalfParams& params, const Task& task, const float (&output)[PANELS][PANEL / 2], const RowState& rows, float c) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const u32 row = first_row + row_of_thread(h);
+        const u32 row = task.row + row_of_thread(h);
         const bool real = row < params.q_len;
         const float sum = quad_sum(rows.sum[h]);
         const float normalize = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
-        u8* const o_row = real ? const_cast<u8*>(row_address<IN_T>(params.o, params.o_stride, work.batch, work.head, row)) : nullptr;
+        u8* const o_row = real ? const_cast<u8*>(row_address<IN_T>(params.o, params.o_stride, task.batch, task.head, row)) : nullptr;
 #pragma unroll
         for (int column = 0; column < HEAD_DIM; column += 32) {
             float x[8];
@@ -260,8 +310,8 @@ DEVICE void store_rows(const HalfParams& params, const Work& work, u32 first_row
             store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
         }
         if constexpr (LSE) {
-            const float logarithm = sum > 0.f ? (rows.reference[h] * exponents.c + log2_approx(sum)) * LN_2 : -__int_as_float(0x7f800000);
-            if (real && lane % 4 == 0) params.lse[(static_cast<u64>(work.batch) * params.q_heads + work.head) * params.q_len + row] = logarithm;
+            const float logarithm = sum > 0.f ? (rows.reference[h] * c + log2_approx(sum)) * LN_2 : -__int_as_float(0x7f800000);
+            if (real && lane % 4 == 0) params.lse[(static_cast<u64>(task.batch) * params.q_heads + task.head) * params.q_len + row] = logarithm;
         }
     }
 }
@@ -277,13 +327,14 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     Cursor<K_STAGES> k_at;
     Cursor<V_STAGES> v_at;
     const bool negative = params.softmax_scale < 0.f;
-    const Exponents exponents = exponents_of(params.softmax_scale);
+    const float c = multiplier_of(params.softmax_scale);
 
     Works works{blockIdx.x, false};
-    Work work = works.get(params);
-    int tiles = tiles_of_work(params, work);
-    int whole_tiles = unmasked_tiles(params, work.row + warpgroup * ROWS);
+    Task task = task_of(params, works, warpgroup);
     int tile = 0;
+    // The one after it. Where registers allow, known from when the last scores of this one are asked for.
+    Task next = task;
+    bool more = false;
 
     QOperand<Q_IN_REGISTERS> q;
     float scores[KEYS / 2];
@@ -292,17 +343,22 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     RowState rows;
     Shrink shrink;
 
-    const auto release_q = [&](bool done) {
-        q_ring.release(q_at, done);
+    const auto look_ahead = [&]() {
+        works.advance(params);
+        more = works.any(params);
+        if (more) next = task_of(params, works, warpgroup);
+    };
+    const auto release_q = [&]() {
+        q_ring.release(q_at, elected);
         q_at.advance();
     };
-    // Q of the current work. Once in registers, its slot is free.
+    // Q of the current or the next work. Once in registers, its slot is free.
     const auto take_q = [&]() {
         q_ring.wait(q_at);
         q.take(pipeline.shared + q_at.stage() * Q_BYTES, warpgroup);
         if constexpr (Q_IN_REGISTERS) {
             __syncwarp();
-            release_q(elected);
+            release_q();
         }
     };
     const auto issue_qk = [&]() {
@@ -311,25 +367,51 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         multiply_qk(scores, q, k);
         wgmma_commit();
     };
-    // Scores of `tile` of the current work, which are complete, to P.
-    const auto softmax = [&]() {
-        if (negative) negate_scores(scores);
-        if (tile >= whole_tiles) {
-            i32 last[2];
+    const auto hide_keys = [&]() {
+        i32 last[2];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const i32 key = last_visible_key<CAUSAL>(work.row + warpgroup * ROWS + row_of_thread(h), params.diagonal, params.kv_len);
-                last[h] = key - tile * KEYS - 2 * (threadIdx.x % 4);
-            }
-            mask_scores(scores, last);
+        for (int h = 0; h < 2; ++h) {
+            const i32 key = last_visible_key<CAUSAL>(task.row + row_of_thread(h), params.diagonal, params.kv_len);
+            last[h] = key - tile * KEYS - 2 * (threadIdx.x % 4);
         }
-        const float sum = scores_to_p(scores, shrink, rows, exponents);
-        // The stage could be given back before. But no sum of P is below -c, which the compiler cannot know: the exponentials stay ahead of this
-        // arrival, and with it of the wait for P V, which ptxas would otherwise move in front of them.
-        const bool done = elected && !(sum < -exponents.c);
-        k_ring.release(k_at, done);
+        mask_scores(scores, last);
+    };
+    // Whether scores of `tile` need more than their exponentials. Known before they are there, and one branch: nothing hides what stands between the two.
+    const auto is_special = [&]() {
+        return negative || tile >= task.whole_tiles || rows.fresh || rows.large;
+    };
+    const auto prepare_scores = [&](bool moves, const bool (&must_move)[2]) {
+        if (negative) negate_scores(scores);
+        if (tile >= task.whole_tiles) hide_keys();
+        if (moves) shrink = move_references(rows, must_move, scores, c);
+        return rows.large ? subtract_first(scores, rows, c) : Exponents{c, {rows.reference_or_zero(0) * c, rows.reference_or_zero(1) * c}};
+    };
+    // Scores of `tile` of the current work, which are complete, to P. Where a P could be out of range they are computed again: the stage of K is still there.
+    const auto softmax = [&](bool special) {
+        shrink.moved = false;
+        Exponents exponents{c, {rows.reference[0] * c, rows.reference[1] * c}};
+        if (special) exponents = prepare_scores(rows.fresh, {!rows.has_reference(0), !rows.has_reference(1)});
+        float sum[2];
+        scores_to_p(scores, sum, exponents);
+        // The stage of K could be given back before. But this branch keeps the exponentials ahead of that arrival, and with it of the wait for P V, which
+        // ptxas would otherwise move in front of them.
+        if (any_lane(fmaxf(sum[0], sum[1]) > SAFE_SUM)) {
+            const bool unsafe[2] = {quad_max(sum[0]) > SAFE_SUM, quad_max(sum[1]) > SAFE_SUM};
+            wgmma_wait<0>();
+            multiply_qk_alone(scores, q, pipeline.shared + q_at.stage * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage * TILE_BYTES);
+            scores_to_p(scores, sum, prepare_scores(true, unsafe));
+        }
+#pragma unroll
+        for (int row = 0; row < 2; ++row) rows.sum[row] += sum[row];
+        k_ring.release(k_at, elected);
         k_at.advance();
-        if (!Q_IN_REGISTERS && tile + 1 == tiles) release_q(done);
+        if (tile + 1 == task.tiles) {
+            if constexpr (!Q_IN_REGISTERS) {
+                release_q();
+            } else if (more) {
+                take_q();
+            }
+        }
     };
     const auto pack = [&]() {
 #pragma unroll
@@ -350,39 +432,40 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     take_q();
     k_ring.wait(k_at);
     issue_qk();
+    if (Q_IN_REGISTERS && task.tiles == 1) look_ahead();
     wgmma_wait<0>();
     wgmma_result(scores);
-    softmax();
+    softmax(true);
     pack();
 
     // P of a tile is there, and the next scores are asked for before it is multiplied: also across works.
 #pragma unroll 1
     for (;;) {
         const bool accumulate = tile > 0;
-        const bool ends = tile + 1 == tiles;
-        Work done = work;
-        RowState done_rows = rows;
+        const bool ends = tile + 1 == task.tiles;
+        const Task done = task;
+        const RowState done_rows = rows;
         ++tile;
         if (ends) {
-            works.advance(params);
-            if (!works.any(params)) break;
-            work = works.get(params);
-            tiles = tiles_of_work(params, work);
-            whole_tiles = unmasked_tiles(params, work.row + warpgroup * ROWS);
+            if constexpr (!Q_IN_REGISTERS) look_ahead();
+            if (!more) break;
+            task = next;
             tile = 0;
             rows = RowState{};
-            take_q();
+            if constexpr (!Q_IN_REGISTERS) take_q();
         }
         k_ring.wait(k_at);
         v_ring.wait(v_at);
         issue_qk();
         issue_pv(accumulate);
+        if (Q_IN_REGISTERS && tile + 1 == task.tiles) look_ahead();
+        const bool special = is_special();
         wgmma_wait<1>();
         wgmma_result(scores);
-        softmax();
+        softmax(special);
         finish_pv();
         if (ends) {
-            store_rows(params, done, done.row + warpgroup * ROWS, output, done_rows, exponents);
+            store_rows(params, done, output, done_rows, c);
         } else if (shrink.moved) {
 #pragma unroll
             for (int panel = 0; panel < PANELS; ++panel) {
@@ -396,7 +479,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     wgmma_fence();
     issue_pv(tile > 1);
     finish_pv();
-    store_rows(params, work, work.row + warpgroup * ROWS, output, rows, exponents);
+    store_rows(params, task, output, rows, c);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attn_half_sm90(const __grid_constant__ HalfParams params) {

@@ -34,6 +34,7 @@ pub const SOURCES: &[(&str, &str)] = sources![
     "ptx/math.cuh",
     "ptx/mbarrier.cuh",
     "ptx/memory.cuh",
+    "ptx/mma_half.cuh",
     "ptx/sync.cuh",
     "ptx/tensor_copy.cuh",
     "ptx/types.cuh",

@@ -195,14 +195,14 @@ pub enum Reference {
         /// follows at once.
         stale: f32,
     },
-    /// For e4m3 P, whose relative precision does not depend on its size: `P = 2^(s - reference)`,
+    /// For P of a floating type, whose relative precision does not depend on its size: `P = 2^(s - reference)`,
     /// the reference first `start` below the maximum of the row's first tile. It stays while within
     /// each tile the P of keys with equal `(key % 8) / 2`, which one thread of a tensor-core kernel
     /// holds, sum to at most `limit`: no P exceeds it then. Otherwise it moves to `start` below the
     /// maximum of the tile, or by 2 where that is no higher.
     ///
     /// [`faithful`](crate::reference::faithful) scales the integers of other recipes itself, so it
-    /// takes this for e4m3 only.
+    /// takes this for none of them.
     Sum {
         /// log2 of the largest P when the reference is set.
         start: f32,

@@ -14,13 +14,17 @@ const WARPGROUP_THREADS: u32 = 128;
 const STAGE_BARRIERS: u32 = 16;
 const ELEMENT: u32 = 2;
 
+/// Sum of a thread's P of one row and tile up to which its reference stays: `attn/softmax_half.cuh`.
+pub(crate) const SAFE_SUM: f32 = 4096.0;
+
 /// How the kernel rounds P: `attn/softmax_half.cuh`.
 pub(crate) fn rounding(variant: &Half) -> Rounding {
     Rounding {
         key_tile: variant.tile.keys as usize,
         key_order: KeyOrder::Ascending,
-        reference: Reference::Maximum {
-            stale: f32::from(variant.tile.stale),
+        reference: Reference::Sum {
+            start: 0.0,
+            limit: SAFE_SUM,
         },
         divisor: Divisor::UnroundedP,
     }

@@ -136,8 +136,6 @@ pub struct HalfTile {
     pub k_stages: u32,
     /// Tiles of V that shared memory holds.
     pub v_stages: u32,
-    /// Binades by which scores may exceed what P is relative to.
-    pub stale: u8,
 }
 
 /// Head dimensions that the kernels have; others are padded to the next.
@@ -222,7 +220,6 @@ impl Variant {
                 ("Q_SLOTS", half.tile.q_slots.to_string()),
                 ("K_STAGES", half.tile.k_stages.to_string()),
                 ("V_STAGES", half.tile.v_stages.to_string()),
-                ("STALE", half.tile.stale.to_string()),
             ],
         }
     }
@@ -312,6 +309,8 @@ impl Variant {
         if let Self::Half(half) = self {
             let shared = attend_half::shared_bytes(half);
             facts.push(("SHARED_BYTES".to_owned(), shared.to_string()));
+            let limit = attend_half::SAFE_SUM;
+            facts.push(("SAFE_SUM".to_owned(), format!("{limit:?}f")));
         }
         facts
     }
@@ -378,8 +377,8 @@ impl Half {
         let mut suffix = attention(self.width, self.dtype, self.causal, self.lse, self.cut);
         let tile = &self.tile;
         suffix.push_str(&format!(
-            "_c{}n{}s{}{}{}t{}",
-            tile.consumers, tile.keys, tile.q_slots, tile.k_stages, tile.v_stages, tile.stale
+            "_c{}n{}s{}{}{}",
+            tile.consumers, tile.keys, tile.q_slots, tile.k_stages, tile.v_stages
         ));
         suffix
     }

@@ -78,10 +78,6 @@ pub(crate) fn choose(problem: &Problem, multiprocessors: u32) -> Result<HalfChoi
 /// How a block is cut. It has the multiprocessor's 64 Ki registers and 227 KiB of shared memory to
 /// itself. Two warpgroups of 240 registers hold S, P and O, and below 256 channels Q as well, so that one
 /// slot suffices for Q to come ahead; stages take what is left.
-///
-/// A stale reference spares the maximum's shuffles and the multiplications of O, which count the more the
-/// wider O is: 2 to 11 % of a call at 128 channels, 8 to 11 % at 256. At 64 it costs 1 to 2 % at 1024 keys.
-/// 8 binades are few enough for f16, which has 16, and so many that references hardly move again.
 fn tile(width: u32, causal: bool, kv_len: u32) -> HalfTile {
     match width {
         64 if !causal && fits_wide_tiles(kv_len) => WIDE_TILE,
@@ -91,7 +87,6 @@ fn tile(width: u32, causal: bool, kv_len: u32) -> HalfTile {
             q_slots: 1,
             k_stages: 5,
             v_stages: 5,
-            stale: 0,
         },
         128 => HalfTile {
             consumers: 2,
@@ -99,7 +94,6 @@ fn tile(width: u32, causal: bool, kv_len: u32) -> HalfTile {
             q_slots: 1,
             k_stages: 3,
             v_stages: 3,
-            stale: 8,
         },
         // O alone takes 128 registers a thread, Q 64 KiB. 80 keys are what the registers still hold, and
         // two stages of each what shared memory does.
@@ -109,20 +103,17 @@ fn tile(width: u32, causal: bool, kv_len: u32) -> HalfTile {
             q_slots: 1,
             k_stages: 2,
             v_stages: 2,
-            stale: 8,
         },
     }
 }
 
-/// 64 channels leave registers for scores of 192 keys: a third of the waits less, 7 % of the time a key. As
-/// the maximum of more keys is taken at once, a stale reference pays there.
+/// 64 channels leave registers for scores of 192 keys: a third of the waits less.
 const WIDE_TILE: HalfTile = HalfTile {
     consumers: 2,
     keys: 192,
     q_slots: 1,
     k_stages: 4,
     v_stages: 4,
-    stale: 8,
 };
 
 /// Whether tiles of 192 keys do not add more than a sixteenth of empty keys to those of 128. Under a causal
@@ -186,7 +177,7 @@ mod tests {
         // 1000 rows in blocks of 128, for 16 heads.
         assert_eq!((choice.row_blocks, choice.items), (8, 128));
         let name = Variant::Half(choice.variant).name();
-        assert_eq!(name, "attn_half_sm90_d128_bf16_cut_c2n128s133t8");
+        assert_eq!(name, "attn_half_sm90_d128_bf16_cut_c2n128s133");
     }
 
     #[test]
