@@ -317,7 +317,6 @@ DEVICE void store_rows(const HalfParams& params, const Task& task, const float (
 }
 
 DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) {
-    const bool elected = threadIdx.x % 32 == 0;
     const QRing q_ring = pipeline.q();
     const KRing k_ring = pipeline.k();
     const VRing v_ring = pipeline.v();
@@ -349,7 +348,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         if (more) next = task_of(params, works, warpgroup);
     };
     const auto release_q = [&]() {
-        q_ring.release(q_at, elected);
+        q_ring.release(q_at, elect_one());
         q_at.advance();
     };
     // Q of the current or the next work. Once in registers, its slot is free.
@@ -398,12 +397,12 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         if (any_lane(fmaxf(sum[0], sum[1]) > SAFE_SUM)) {
             const bool unsafe[2] = {quad_max(sum[0]) > SAFE_SUM, quad_max(sum[1]) > SAFE_SUM};
             wgmma_wait<0>();
-            multiply_qk_alone(scores, q, pipeline.shared + q_at.stage * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage * TILE_BYTES);
+            multiply_qk_alone(scores, q, pipeline.shared + q_at.stage() * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage() * TILE_BYTES);
             scores_to_p(scores, sum, prepare_scores(true, unsafe));
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) rows.sum[row] += sum[row];
-        k_ring.release(k_at, elected);
+        k_ring.release(k_at, elect_one());
         k_at.advance();
         if (tile + 1 == task.tiles) {
             if constexpr (!Q_IN_REGISTERS) {
@@ -425,7 +424,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         wgmma_wait<0>();
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel) wgmma_result(output[panel]);
-        v_ring.release(v_at, elected);
+        v_ring.release(v_at, elect_one());
         v_at.advance();
     };
 
