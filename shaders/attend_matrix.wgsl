@@ -276,43 +276,63 @@ fn move_row(
     return Moved(total(sum), maximum);
 }
 
-//# block SCORES
-// S of a tile of K, into this subgroup's room. The sums are of whole numbers, exact in any order, so they
-// may be taken in two chains, neither of which waits for the other.
-{
+//# block SUMS
+// S of a tile of K. The sums are of whole numbers, exact in any order, so they may be taken in two
+// chains, neither of which waits for the other.
 //# for m in ROW_MATS
 //# for n in KEY_MATS
 //# for e in CHAINS
-    var s$m_$n_$e = Sums();
+var sums$m_$n_$e = Sums();
 //# end
 //# end
 //# end
 //# for c in CHAIN_MATS
 //# for e in CHAINS
-    {
-//# for m in ROW_MATS
-        let a$m = q$m_$c_$e;
-//# end
+{
 //# for n in KEY_MATS
-        let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
+    let b$n = coopLoad<Other>(&room.k[k_at + $nu * SIDE * KV_STRIDE + ($cu * CHAINS + $eu) * SIDE_ITEMS], KV_STRIDE);
 //# for m in ROW_MATS
-        s$m_$n_$e = coopMultiplyAdd(a$m, b$n, s$m_$n_$e);
-//# end
-//# end
-    }
-//# end
-//# end
-//# for m in ROW_MATS
-//# for n in KEY_MATS
-//# if TWO_CHAINS
-    let s$m_$n = s$m_$n_0 + s$m_$n_1;
-//# else
-    let s$m_$n = s$m_$n_0;
-//# end
-    coopStoreT(s$m_$n, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
+    sums$m_$n_$e = coopMultiplyAdd(q$m_$c_$e, b$n, sums$m_$n_$e);
 //# end
 //# end
 }
+//# end
+//# end
+//# end
+
+//# block STORES
+// The same into this subgroup's room.
+//# for m in ROW_MATS
+//# for n in KEY_MATS
+//# if TWO_CHAINS
+let products$m_$n = sums$m_$n_0 + sums$m_$n_1;
+//# else
+let products$m_$n = sums$m_$n_0;
+//# end
+coopStoreT(products$m_$n, &room.s[s_at + $mu * SIDE * S_ITEMS + $nu * SIDE_ITEMS], S_ITEMS);
+//# end
+//# end
+//# end
+
+//# block READS
+// K of the tile after the next and V of the next one.
+let next_k = k_start + min(key + 2u * KEY_TILE, last) * ROW_READS;
+let next_v = v_start + min(key + KEY_TILE, last) * ROW_READS;
+//# for i in STAGE
+let k$i = k_codes[next_k + kv_part(lane, $iu)];
+let v$i = values[next_v + kv_part(lane, $iu)];
+//# end
+//# if K_UNIFORM
+let after_scale = k_scale(kv_pair, key + 2u * KEY_TILE);
+//# end
+//# end
+
+//# block P_LOADS
+//# for m in ROW_MATS
+//# for n in KEY_MATS
+let p$m_$n = coopLoadT<Factor>(&room.p[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
+//# end
+//# end
 //# end
 
 @compute @workgroup_size(THREADS)
@@ -428,6 +448,7 @@ fn main(
     }
 //# end
     workgroupBarrier();
+//# if READ_AHEAD
     // Beyond these, what is read from memory in one step goes to workgroup memory in the next: it has a
     // whole step to arrive.
     let third_k = k_start + min(2u * KEY_TILE, last) * ROW_READS;
@@ -436,13 +457,15 @@ fn main(
     var k$i = k_codes[third_k + kv_part(lane, $iu)];
     var v$i = values[second_v + kv_part(lane, $iu)];
 //# end
+//# end
 
     // Where this tile and the next one have their room: 0 and 1 of two, in turns.
     var here = 0u;
     var key = 0u;
     {
         let k_at = 0u;
-//# use SCORES
+//# use SUMS
+//# use STORES
     }
 //# if DOUBLE
 //# else
@@ -501,16 +524,55 @@ fn main(
             moving = false;
         }
 
+//# if V_FIRST
+        // What a careful step made needs no check, and is summed.
+        var is_checked = true;
+//# for r in LANE_ROWS
+        var weighed$r = vec4<f32>();
+//# end
+//# end
         loop {
             // P V of this tile; Q K^T and the softmax of the next one.
             let there = 1u - here;
             let k_at = there * SECOND;
             let v_at = here * SECOND;
-//# use SCORES
-//# for m in ROW_MATS
-//# for n in KEY_MATS
-            let p$m_$n = coopLoadT<Factor>(&room.p[p_at + $mu * SIDE * P_ITEMS + $nu * SIDE_ITEMS], P_ITEMS);
+            // What is read from memory goes to workgroup memory at the end of this step or of the next. NVIDIA's
+            // compiler lets no read be on its way across a barrier, so where a step has two, reads begin with it.
+//# if READ_FIRST
+//# use READS
 //# end
+//# if P_FIRST
+//# use P_LOADS
+//# end
+//# if V_FIRST
+//# for n in KEY_MATS
+//# for h in CHUNKS
+//# for d in CHUNK_MATS
+            let v$n_$h_$d = coopLoadT<Other>(&room.v[v_at + $nu * SIDE * KV_STRIDE + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], KV_STRIDE);
+//# end
+//# end
+//# end
+//# end
+//# use SUMS
+//# if V_FIRST
+            // The same for all of the workgroup: a signal of this tile's is overwritten two barriers on. Asked
+            // behind the products, which need not wait for the answer.
+            if (!is_checked && (key + KEY_TILE > unmasked || spare(0u, here) == f32(key))) {
+                break;
+            }
+            is_checked = false;
+//# for r in LANE_ROWS
+            sum$r += total(weighed$r);
+            weighed$r = vec4<f32>();
+//# end
+//# end
+//# use STORES
+//# if READ_BEHIND
+//# use READS
+//# end
+//# if P_FIRST
+//# else
+//# use P_LOADS
 //# end
             subgroup_order();
 
@@ -525,7 +587,11 @@ fn main(
                 let b_at = v_at + $nu * SIDE * KV_STRIDE;
 //# for h in CHUNKS
 //# for d in CHUNK_MATS
+//# if V_FIRST
+                let b$h_$d = v$n_$h_$d;
+//# else
                 let b$h_$d = coopLoadT<Other>(&room.v[b_at + ($hu * CHUNK_MATS + $du) * SIDE_ITEMS], KV_STRIDE);
+//# end
 //# for m in ROW_MATS
                 o$m_$h_$d = coopMultiplyAdd(p$m_$n, b$h_$d, o$m_$h_$d);
 //# end
@@ -534,7 +600,10 @@ fn main(
             }
 //# end
 //# for r in LANE_ROWS
+//# if V_FIRST
+//# else
             var weighed$r = vec4<f32>();
+//# end
             var above$r = vec4<f32>(-STALE);
 //# for j in PART_QUADS
             {
@@ -566,15 +635,21 @@ fn main(
                 put_v(k_at + kv_place(lane, $iu), v$i);
             }
 //# end
+//# if READ_AHEAD
             let next_k = k_start + min(key + 2u * KEY_TILE, last) * ROW_READS;
             let next_v = v_start + min(key + KEY_TILE, last) * ROW_READS;
 //# for i in STAGE
             k$i = k_codes[next_k + kv_part(lane, $iu)];
             v$i = values[next_v + kv_part(lane, $iu)];
 //# end
+//# end
 //# if K_UNIFORM
             tile_scale = next_scale;
+//# if READ_AHEAD
             next_scale = k_scale(kv_pair, key + KEY_TILE);
+//# else
+            next_scale = after_scale;
+//# end
 //# else
             for (var i = lane; i < TILE_QUADS; i += THREADS) {
                 let n = key + KEY_TILE + 4u * i;
@@ -588,12 +663,15 @@ fn main(
 //# end
             here = there;
             workgroupBarrier();
+//# if V_FIRST
+//# else
             // The same for all of the workgroup: a signal of this tile's is overwritten two barriers on.
             if (key + KEY_TILE > unmasked || spare(0u, there) == f32(key)) {
                 break;
             }
 //# for r in LANE_ROWS
             sum$r += total(weighed$r);
+//# end
 //# end
         }
     }

@@ -28,14 +28,12 @@ pub fn measure(case: &Case, backend: &dyn Backend, options: &Options) -> Result<
     let [q, k, v] = &tensors;
     let staged = Staged::new(backend, &problem, &recipe, [q, k, v])?;
 
-    // The first run compiles, touches every page and raises the clocks.
+    // The first run compiles and touches every page. A GPU that waited for its tensors has lowered its
+    // clocks, and takes some hundred milliseconds of work to raise them.
     staged.run()?;
     backend.synchronize()?;
     if device.kind == DeviceKind::Gpu {
-        for _ in 0..QUEUED {
-            staged.run()?;
-        }
-        backend.synchronize()?;
+        repeat(options, || time_queued(&staged, backend))?;
     }
 
     let profiles = repeat(options, || staged.profile())?;
@@ -46,14 +44,7 @@ pub fn measure(case: &Case, backend: &dyn Backend, options: &Options) -> Result<
         Ok(start.elapsed())
     })?;
     let queued = match device.kind {
-        DeviceKind::Gpu => repeat(options, || {
-            let start = Instant::now();
-            for _ in 0..QUEUED {
-                staged.run()?;
-            }
-            backend.synchronize()?;
-            Ok(start.elapsed() / QUEUED)
-        })?,
+        DeviceKind::Gpu => repeat(options, || time_queued(&staged, backend))?,
         // Software has no queue to keep full.
         DeviceKind::Cpu | DeviceKind::SoftwareGpu => calls.clone(),
     };
@@ -87,6 +78,16 @@ pub fn measure(case: &Case, backend: &dyn Backend, options: &Options) -> Result<
         attend_tops: attend.map(|stage| ops / stage.median_us / 1e6),
         stages,
     })
+}
+
+/// The time of a call among several that are enqueued before one wait.
+fn time_queued(staged: &Staged<'_>, backend: &dyn Backend) -> Result<Duration, Error> {
+    let start = Instant::now();
+    for _ in 0..QUEUED {
+        staged.run()?;
+    }
+    backend.synchronize()?;
+    Ok(start.elapsed() / QUEUED)
 }
 
 /// Repeats until both the least number of runs and the time budget are reached.

@@ -236,6 +236,22 @@ impl Wgpu {
     /// results that stay the same whatever a later version prefers. A request that the tier does not
     /// take is refused.
     ///
+    /// Without it the first plan of a kind measures the tiers that could take it (100 ms), so which one it
+    /// takes depends on what the device was doing meanwhile. With it nothing is measured: the same problem
+    /// and recipe get the same kernel, and the same bits, in every run on the device. A kernel's first use
+    /// still compares it with the CPU.
+    ///
+    /// ```no_run
+    /// use sageattn_core::{DType, Plan, Problem, Recipe, Shape};
+    /// use sageattn_wgpu::{Tier, Wgpu};
+    ///
+    /// let gpu = Wgpu::best()?.with_tier(Tier::Dot)?;
+    /// let problem = Problem::new(Shape::mha(1, 8, 512, 64), DType::F16)?;
+    /// let plan = gpu.plan_wgpu(&problem, &Recipe::SAGE1_B)?;
+    /// assert!(plan.describe().variant.starts_with("attend_dot_"));
+    /// # Ok::<(), sageattn_core::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Unsupported`] with what the device lacks for the tier.
     pub fn with_tier(&self, tier: Tier) -> Result<Self, Error> {

@@ -117,6 +117,9 @@ impl MatrixTile {
         };
         let reads = self.key_tile * self.channels / self.read_width();
         let threads = self.invocations();
+        // When K and V are read and what is loaded before Q K^T, as measured: docs/kernels/attend_matrix_wgsl.md.
+        // Beyond 128 channels nothing else has been; V takes registers that only few channels leave.
+        let read_behind = self.double && v.lse && self.channels <= 128;
         let prelude = v
             .constants(Prelude::enabling(&name, &extensions))
             .alias("Half", half)
@@ -151,6 +154,11 @@ impl MatrixTile {
             .number("P_STRIDE", self.p_stride())
             .flag("VECTOR_ITEMS", self.vector_items)
             .flag("DOUBLE", self.double)
+            .flag("READ_FIRST", !self.double)
+            .flag("READ_BEHIND", read_behind)
+            .flag("READ_AHEAD", self.double && !read_behind)
+            .flag("P_FIRST", self.channels <= 128)
+            .flag("V_FIRST", !self.double && self.channels <= 64)
             .flag("SUBGROUP_ORDER", self.subgroup_order)
             .flag("K_UNIFORM", v.k_uniform(self.key_tile))
             .float("STALE", f32::from(STALE))

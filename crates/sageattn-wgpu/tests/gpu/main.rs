@@ -5,6 +5,7 @@ mod accuracy;
 mod decode;
 mod interop;
 mod support;
+mod tiers;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use sageattn_wgpu::Wgpu;
@@ -18,7 +19,8 @@ fn main() -> std::process::ExitCode {
     let tests = accuracy::TESTS
         .iter()
         .chain(decode::TESTS)
-        .chain(interop::TESTS);
+        .chain(interop::TESTS)
+        .chain(tiers::TESTS);
     let trials = tests
         .map(|&(name, test): &Test| {
             let gpu = gpu.clone();
