@@ -7,8 +7,9 @@ nvidia-cudnn-frontend 1.32.0 (a peer that is missing is left out and named).
 
     python3 benches/hopper/compare.py                    the tables of docs/results
     python3 benches/hopper/compare.py 4x32x4096x128 ..   these shapes: BATCHxHEADSxLENGTHxHEAD_DIM, with :causal
+    python3 benches/hopper/compare.py stages             whether kernels with 1, 2, 4 and 8 stages give the same bits
 
-For each shape every kernel is timed in each of five rounds, at least 80 ms a round, by CUDA events around single calls; each round takes the kernels in another order, since
+For each shape every kernel is timed in each of seven rounds, at least 60 ms a round, by CUDA events around single calls; each round takes the kernels in another order, since
 one that follows a hot one reads slower. The figure is the median of the rounds' medians. Up to 2048 tokens a call is replayed from a CUDA graph, which takes the launch cost out for all alike.
 TOPS = 4 B H N N D / time, halved when causal. "alone" starts from what the preparation wrote, "whole" from 16-bit tensors; both end with 16-bit O. "half" is the
 recipe without quantization, one launch: its peers are the 16-bit ones, type against type, as multipliers of bf16 draw less power.
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ROUNDS, BUDGET_MS, GRAPHS_UP_TO = 5, 80, 2048
+ROUNDS, BUDGET_MS, GRAPHS_UP_TO = 7, 60, 2048
 # Beyond these lengths no plan takes the running maximum, and `half` is far behind.
 RUNNING_UP_TO, HALF_UP_TO = 1024, 8192
 LENGTHS = {128: (512, 1024, 2048, 4096, 8192, 16384, 32768), 64: (1024, 2048, 4096, 16384, 32768), 256: (16384,)}
@@ -51,6 +52,7 @@ class Config(ctypes.Structure):
     _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint)]
 
 
+SHARED_MEMORY = 232448  # bytes of a block
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 MAX_DYNAMIC_SHARED, NON_PORTABLE_CLUSTER = 8, 14  # CUfunction_attribute
 
@@ -113,11 +115,16 @@ HALVES = {"half F16": torch.float16, "half BF16": torch.bfloat16}
 HALF_TYPES = {torch.float16: ("F16", 6), torch.bfloat16: ("Bf16", 9)}
 
 
+def stage_bytes(head_dim):
+    """K and V of a tile, K's scales and two barriers."""
+    return 256 * head_dim + 32
+
+
 def attention(head_dim, causal, kind):
     """The variant that a plan chooses (`tile` in crates/sageattn-cuda/src/plan.rs)."""
     consumers = 2 if head_dim == 256 else 3
-    stages = {64: 6, 128: 5, 256: 2}[head_dim]
-    shared = consumers * (68 * head_dim + 16) + stages * (256 * head_dim + 48) + 16 * head_dim + 384
+    stages = {64: 8, 128: 4, 256: 2}[head_dim]
+    shared = consumers * (68 * head_dim + 16) + stages * stage_bytes(head_dim) + 16 * head_dim + 384
     constants = dict(HEAD_DIM=head_dim, IN_T="F16", CUT_OCTET=0, CAUSAL=int(causal), LSE=0, INT8_PV=int(kind == "integers"), RUNNING_MAX=int(kind != "lazy"), CONSUMERS=consumers, STAGES=stages)
     return Kernel("sm90/attn_i8_f8.cu", "attn_i8_i8_sm90" if kind == "integers" else "attn_i8_f8_sm90", shared, **constants)
 
@@ -379,6 +386,24 @@ def accuracy():
         print(f"| {label} | " + " | ".join(f"{statistics.mean(e):.5f}" if e else "-" for e in errors.values()) + " |", flush=True)
 
 
+def stages():
+    """Each kernel with each number of stages that shared memory has room for, against the first."""
+    for text in ("2x8x1000x64", "2x8x1000x128:causal", "2x8x1000x128", "2x8x700x256"):
+        shape, causal = parse(text)
+        q, k, v = normal(shape, 0)
+        for kind in KINDS:
+            calls = {}
+            for count in (1, 2, 4, 8):
+                call = calls[count] = Ours(shape, causal, kind)
+                call.attend.shared += (count - call.attend.constants["STAGES"]) * stage_bytes(shape[3])
+                call.attend.constants["STAGES"] = count
+            calls = {count: call for count, call in calls.items() if call.attend.shared <= SHARED_MEMORY}
+            build(calls.values())
+            first, *others = (call.bind(q, k, v).o for call in calls.values())
+            same = not first.isnan().any() and all(torch.equal(first, other) for other in others)
+            print(f"{text} {kind}: {', '.join(map(str, calls))} stages: {'the same bits' if same else 'DIFFERENT'}", flush=True)
+
+
 def build(ours):
     kernels = [kernel for call in ours for kernel in call.kernels]
     folder = pathlib.Path(tempfile.gettempdir()) / "sageattn-compare"
@@ -438,6 +463,9 @@ def compare(texts):
 
 if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name()}, {MULTIPROCESSORS} multiprocessors, PyTorch {torch.__version__}\n")
-    compare(sys.argv[1:] or FULL + CAUSAL)
+    if sys.argv[1:] == ["stages"]:
+        stages()
+    else:
+        compare(sys.argv[1:] or FULL + CAUSAL)
     if len(sys.argv) == 1:
         accuracy()

@@ -22,21 +22,8 @@ DEVICE Scale scale_from_amax(float amax, float largest_code) {
     return {value, __fdiv_rn(1.f, value)};
 }
 
-/// x * by, rounded half to even, in the low byte: 1.5 * 2^23 leaves no bits for a fraction. |x * by| is at most 127 and a few ulp, since `by` comes
-/// from the largest |x|, so that nothing saturates.
-DEVICE u32 low_byte_code(float x, float by) {
-    constexpr float no_fraction = 12582912.f;
-    return __float_as_uint(__fadd_rn(__fmul_rn(x, by), no_fraction));
-}
-
-DEVICE u32 encode_four_s8(const float* x, float by) {
-    const u32 low = pick_bytes<0x0040>(low_byte_code(x[0], by), low_byte_code(x[1], by));
-    const u32 high = pick_bytes<0x0040>(low_byte_code(x[2], by), low_byte_code(x[3], by));
-    return pick_bytes<0x5410>(low, high);
-}
-
-/// Eight codes of one row.
+/// Eight codes of one row: x * by, rounded half to even.
 DEVICE void encode_s8(u32 (&word)[2], const float (&x)[8], float by) {
-    word[0] = encode_four_s8(x, by);
-    word[1] = encode_four_s8(x + 4, by);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) word[i] = pack_s8(x[4 * i] * by, x[4 * i + 1] * by, x[4 * i + 2] * by, x[4 * i + 3] * by);
 }

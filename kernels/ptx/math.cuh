@@ -64,6 +64,22 @@ DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     return word;
 }
 
+/// Four floats as signed bytes, the first in the lowest: nearest even, saturated; NaN gives 0. ptxas makes one instruction of
+/// two roundings and a packing. PTX ISA 9.7.9.21, cvt, and 9.7.9.22, cvt.pack.
+DEVICE u32 pack_s8(float a, float b, float c, float d) {
+    u32 word;
+    asm("{ .reg .s32 a, b, c, d;\n"
+        "cvt.rni.s32.f32 a, %1;\n"
+        "cvt.rni.s32.f32 b, %2;\n"
+        "cvt.rni.s32.f32 c, %3;\n"
+        "cvt.rni.s32.f32 d, %4;\n"
+        "cvt.pack.sat.s8.s32.b32 c, d, c, 0;\n"
+        "cvt.pack.sat.s8.s32.b32 %0, b, a, c; }"
+        : "=r"(word)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return word;
+}
+
 /// Four e4m3 bytes as halves, exactly: the lower two and the upper two. PTX ISA 9.7.9.21, cvt.
 DEVICE void unpack_e4m3(u32 word, u32& low, u32& high) {
     asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"

@@ -17,6 +17,11 @@ DEVICE void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+/// The same of the threads where `arrives`, without a branch.
+DEVICE void mbarrier_arrive_if(bool arrives, u32 barrier) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p mbarrier.arrive.shared::cta.b64 _, [%1]; }" ::"r"(static_cast<u32>(arrives)), "r"(barrier) : "memory");
+}
+
 /// Makes the current phase wait for `bytes` more bytes of copies. PTX ISA 9.7.13.15.11, mbarrier.expect_tx.
 DEVICE void mbarrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -60,3 +60,10 @@ DEVICE u32 warp_max(u32 value) {
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(value));
     return largest;
 }
+
+/// True in one lane of a warp that has all of its lanes here. PTX ISA 9.7.13.14, elect.sync.
+DEVICE bool elect_one() {
+    u32 elected;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+    return elected != 0;
+}

@@ -18,9 +18,6 @@ DEVICE Scale v_scale_from_amax(float amax) {
 /// Codes of four numbers v / scale, the first in the lowest byte: nearest even.
 DEVICE u32 encode_four_v(float a, float b, float c, float d) {
     if constexpr (!INT8_PV) return pack_e4m3(a, b, c, d);
-    // 1.5 * 2^23 leaves no bits for a fraction.
-    constexpr float no_fraction = 12582912.f + V_OFFSET;
-    const u32 low = pick_bytes<0x0040>(__float_as_uint(__fadd_rn(a, no_fraction)), __float_as_uint(__fadd_rn(b, no_fraction)));
-    const u32 high = pick_bytes<0x0040>(__float_as_uint(__fadd_rn(c, no_fraction)), __float_as_uint(__fadd_rn(d, no_fraction)));
-    return pick_bytes<0x5410>(low, high);
+    static_assert(V_OFFSET == 128.f, "the offset is the top bit of each byte");
+    return pack_s8(a, b, c, d) ^ 0x80808080;
 }

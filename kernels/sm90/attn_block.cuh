@@ -19,10 +19,11 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS 
 constexpr u32 TILE_BYTES = TILE_KEYS * HEAD_DIM;
 constexpr u32 SCALE_BYTES = K_GROUPS * sizeof(float);
 
-using StageRing = Ring<STAGES>;
-using StageCursor = Cursor<STAGES>;
-/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at. Even: see
-/// residual_of_work.
+/// A stage holds K of a tile and V of the one before, which are multiplied in the same turn: in one stream over all works of a block, of which the first
+/// stage has no V, and what comes before a work without tiles, or at the end, no K.
+using TileRing = Ring<STAGES>;
+using TileCursor = Cursor<STAGES>;
+/// The producer draws a work while it streams the tiles of the one before, which may be the one behind that which the consumers are at.
 constexpr int WORK_SLOTS = 4;
 /// Tiles before the end of a work's copies at which the next work is drawn: its Q is then in L2 when it is needed, and blocks still end together.
 constexpr int DRAW_AHEAD = 4;
@@ -52,9 +53,8 @@ constexpr u32 CHANNEL_BYTES = HEAD_DIM * sizeof(float);
 constexpr u32 V_SCALES_AT = RESIDUALS_AT + CONSUMERS * CHANNEL_BYTES;
 constexpr u32 WORK_AT = V_SCALES_AT + WORK_SLOTS * CHANNEL_BYTES;
 constexpr u32 SCALES_AT = WORK_AT + WORK_SLOTS * sizeof(Work);
-constexpr u32 K_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
-constexpr u32 V_RING_AT = K_RING_AT + StageRing::BYTES;
-constexpr u32 WORK_RING_AT = V_RING_AT + StageRing::BYTES;
+constexpr u32 TILE_RING_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr u32 WORK_RING_AT = TILE_RING_AT + TileRing::BYTES;
 constexpr u32 RESIDUAL_RINGS_AT = WORK_RING_AT + WorkRing::BYTES;
 constexpr u32 SHARED_BYTES = RESIDUAL_RINGS_AT + CONSUMERS * ResidualRing::BYTES;
 static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and copies");
@@ -96,20 +96,22 @@ DEVICE int unmasked_tiles(const AttnParams& params, i32 row) {
     return (last_visible_key<CAUSAL>(row, params.diagonal, params.kv_len) + 1) / TILE_KEYS;
 }
 
-/// Tiles that the rows of a work see, together.
+/// Tiles that the rows of a work see, together: those that its last rows see.
 DEVICE int tiles_of_work(const AttnParams& params, const Work& work) {
     return visible_tiles(params, work.row + (CONSUMERS - 1) * ROWS);
+}
+
+/// Whether a work's first tile of K is in one stage with the last tile of V of the work before.
+DEVICE bool joins(const AttnParams& params, const Work& work) {
+    return work.batch < params.batch && tiles_of_work(params, work) > 0;
 }
 
 /// The rings of a block and what they carry.
 struct Pipeline {
     u32 shared;
 
-    DEVICE StageRing k() const {
-        return {shared + K_RING_AT};
-    }
-    DEVICE StageRing v() const {
-        return {shared + V_RING_AT};
+    DEVICE TileRing tiles() const {
+        return {shared + TILE_RING_AT};
     }
     DEVICE WorkRing work() const {
         return {shared + WORK_RING_AT};
@@ -122,15 +124,15 @@ struct Pipeline {
 /// The work in a slot, read again when it is needed: kept across the loop it would cost the registers that the loop has not got.
 DEVICE Work work_in_slot(Pipeline pipeline, WorkCursor at) {
     u32 word[4];
-    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage * sizeof(Work));
+    load_shared_16_bytes(word, pipeline.shared + WORK_AT + at.stage() * sizeof(Work));
     // The same in every lane, which a shuffle tells the compiler.
     return {__shfl_sync(~0u, word[0], 0), __shfl_sync(~0u, word[1], 0), __shfl_sync(~0u, word[2], 0), static_cast<i32>(__shfl_sync(~0u, word[3], 0))};
 }
 
 /// Each work uses the one stage of a warpgroup's residuals once.
 DEVICE Cursor<1> residual_of_work(WorkCursor at) {
-    static_assert(WORK_SLOTS % 2 == 0, "the stage counts works");
-    return {0, at.stage % 2};
+    static_assert((WORK_SLOTS & (WORK_SLOTS - 1)) == 0, "the cursor counts works");
+    return {at.count};
 }
 
 /// Address of a query's row in q or o, null past the last and (as unsigned) before the first.

@@ -161,14 +161,14 @@ DEVICE void produce_q_and_k(const HalfParams& params, Pipeline pipeline) {
     for (Works works{blockIdx.x, false}; works.any(params); works.advance(params)) {
         const Work work = works.get(params);
         pipeline.q().open(q_at, Q_BYTES, [&](u32 full) {
-            copy_rows<BLOCK_ROWS>(pipeline.shared + q_at.stage * Q_BYTES, params.q_map, work.row, work.head, work.batch, full);
+            copy_rows<BLOCK_ROWS>(pipeline.shared + q_at.stage() * Q_BYTES, params.q_map, work.row, work.head, work.batch, full);
         });
         q_at.advance();
         const int tiles = tiles_of_work(params, work);
         const u32 kv_head = work.head / params.q_heads_per_kv_head;
         for (int tile = 0; tile < tiles; ++tile) {
             pipeline.k().open(k_at, TILE_BYTES, [&](u32 full) {
-                copy_rows<KEYS>(pipeline.shared + K_AT + k_at.stage * TILE_BYTES, params.k_map, tile * KEYS, kv_head, work.batch, full);
+                copy_rows<KEYS>(pipeline.shared + K_AT + k_at.stage() * TILE_BYTES, params.k_map, tile * KEYS, kv_head, work.batch, full);
             });
             k_at.advance();
         }
@@ -183,7 +183,7 @@ DEVICE void produce_v(const HalfParams& params, Pipeline pipeline) {
         const u32 kv_head = work.head / params.q_heads_per_kv_head;
         for (int tile = 0; tile < tiles; ++tile) {
             pipeline.v().open(v_at, TILE_BYTES, [&](u32 full) {
-                copy_rows<KEYS>(pipeline.shared + V_AT + v_at.stage * TILE_BYTES, params.v_map, tile * KEYS, kv_head, work.batch, full);
+                copy_rows<KEYS>(pipeline.shared + V_AT + v_at.stage() * TILE_BYTES, params.v_map, tile * KEYS, kv_head, work.batch, full);
             });
             v_at.advance();
         }
@@ -317,7 +317,6 @@ DEVICE void store_rows(const HalfParams& params, const Task& task, const float (
 }
 
 DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) {
-    const bool elected = threadIdx.x % 32 == 0;
     const QRing q_ring = pipeline.q();
     const KRing k_ring = pipeline.k();
     const VRing v_ring = pipeline.v();
@@ -349,20 +348,20 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         if (more) next = task_of(params, works, warpgroup);
     };
     const auto release_q = [&]() {
-        q_ring.release(q_at, elected);
+        q_ring.release(q_at, elect_one());
         q_at.advance();
     };
     // Q of the current or the next work. Once in registers, its slot is free.
     const auto take_q = [&]() {
         q_ring.wait(q_at);
-        q.take(pipeline.shared + q_at.stage * Q_BYTES, warpgroup);
+        q.take(pipeline.shared + q_at.stage() * Q_BYTES, warpgroup);
         if constexpr (Q_IN_REGISTERS) {
             __syncwarp();
             release_q();
         }
     };
     const auto issue_qk = [&]() {
-        const u64 k = moved(k_stages, k_at.stage * (TILE_BYTES / 16));
+        const u64 k = moved(k_stages, k_at.stage() * (TILE_BYTES / 16));
         wgmma_fence();
         multiply_qk(scores, q, k);
         wgmma_commit();
@@ -398,12 +397,12 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         if (any_lane(fmaxf(sum[0], sum[1]) > SAFE_SUM)) {
             const bool unsafe[2] = {quad_max(sum[0]) > SAFE_SUM, quad_max(sum[1]) > SAFE_SUM};
             wgmma_wait<0>();
-            multiply_qk_alone(scores, q, pipeline.shared + q_at.stage * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage * TILE_BYTES);
+            multiply_qk_alone(scores, q, pipeline.shared + q_at.stage() * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage() * TILE_BYTES);
             scores_to_p(scores, sum, prepare_scores(true, unsafe));
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) rows.sum[row] += sum[row];
-        k_ring.release(k_at, elected);
+        k_ring.release(k_at, elect_one());
         k_at.advance();
         if (tile + 1 == task.tiles) {
             if constexpr (!Q_IN_REGISTERS) {
@@ -418,14 +417,14 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         for (int i = 0; i < KEYS / 4; ++i) p[i] = pack_pair(IN_T{}, scores[2 * i], scores[2 * i + 1]);
     };
     const auto issue_pv = [&](bool accumulate) {
-        multiply_pv(output, p, moved(v_stages, v_at.stage * (TILE_BYTES / 16)), accumulate);
+        multiply_pv(output, p, moved(v_stages, v_at.stage() * (TILE_BYTES / 16)), accumulate);
         wgmma_commit();
     };
     const auto finish_pv = [&]() {
         wgmma_wait<0>();
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel) wgmma_result(output[panel]);
-        v_ring.release(v_at, elected);
+        v_ring.release(v_at, elect_one());
         v_at.advance();
     };
 

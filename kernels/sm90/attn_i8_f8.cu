@@ -8,7 +8,7 @@
 //           (two-level accumulation, section 3.3: the tensor core's own e4m3 accumulator keeps fewer bits). INT8_PV: T is exact in s32, and read as f32 as it
 //           is (attn/softmax_u8.cuh).
 // Roles     one block per multiprocessor draws works from a counter until none is left. One producer thread draws them, each before the last one's tiles are
-//           all under way, and streams their tiles of K and V through two rings of STAGES; a spare warp of the producer's brings their Q to L2. Each
+//           all under way, and streams their tiles of K and V through a ring of STAGES; a spare warp of the producer's brings their Q to L2. Each
 //           consumer warpgroup takes its 64 rows' tiles in order, the masked ones last, in a loop of their own. In its last turn of a work it quantizes
 //           its rows of the next work's Q and computes that one's first scores; then it stores O.
 // Sums      of P, which O is divided by: P times eight channels of ones, in the tensor core (RUNNING_MAX 1); dot products with ones (INT8_PV).
@@ -135,14 +135,20 @@ DEVICE float load_q(const AttnParams& params, const Work& work, int warpgroup, u
 DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_row, u32 v_scales, u32 residuals, const float (&output)[HEAD_DIM / 2], const RowState& rows) {
     const int lane = threadIdx.x % 32;
     u8* o_row[2];
-    bool any[2];
     float normalize[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const float sum = INT8_PV ? quad_sum(rows.sum[h]) : RUNNING_MAX ? rows.sum[h] : quad_sum(rows.unrounded[h]);
-        any[h] = sum > 0.f;
-        normalize[h] = any[h] ? __fdividef(1.f, sum) : 0.f;
+        normalize[h] = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
         o_row[h] = query_row(params, params.o, params.o_stride, work, first_row + row_of_thread(h));
+        if constexpr (CAUSAL) {
+            // Rows that see no key are few: a choice for each number costs more.
+            if (sum == 0.f) {
+#pragma unroll 1
+                for (int column = 0; column < HEAD_DIM; column += 32) store_finite_octet(IN_T{}, o_row[h], {}, column + lane % 4 * OCTET, params.head_dim);
+                o_row[h] = nullptr;
+            }
+        }
     }
 #pragma unroll
     for (int column = 0; column < HEAD_DIM; column += 32) {
@@ -161,7 +167,7 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
             for (int i = 0; i < OCTET; ++i) {
                 const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
                 const float addend = V_RESIDUALS ? residual[i / 4][i % 4] : -V_OFFSET;
-                x[i] = fmaf(sum, normalize[h], !CAUSAL || any[h] ? addend : 0.f) * scale[i / 4][i % 4];
+                x[i] = fmaf(sum, normalize[h], addend) * scale[i / 4][i % 4];
             }
             // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there.
             store_finite_octet(IN_T{}, o_row[h], x, first, params.head_dim);
@@ -183,8 +189,7 @@ DEVICE void store_lse(const AttnParams& params, const Work& work, i32 first_row,
 }
 
 DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) {
-    const bool elected = threadIdx.x % 32 == 0;
-    const StageRing k_ring = pipeline.k(), v_ring = pipeline.v();
+    const TileRing ring = pipeline.tiles();
     const u32 slab = pipeline.shared + warpgroup * Q_SLAB;
     const u64 q = operand_descriptor<HEAD_DIM>(slab);
     const u64 k_stages = operand_descriptor<HEAD_DIM>(pipeline.shared + K_AT);
@@ -192,7 +197,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
     const u64 ones = operand_descriptor<32>(pipeline.shared + ONES_AT);
     const Turns<CONSUMERS, TURNS> turns{static_cast<u32>(warpgroup)};
     const ResidualRing residual_ring = pipeline.residual(warpgroup);
-    StageCursor k_at, v_at;
+    TileCursor at;
     WorkCursor work_at;
     Scores scores;
     // What turns a score times a K scale into a base-2 logit; a score of the current tile.
@@ -205,11 +210,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
 
     const auto issue_qk = [&]() {
         wgmma_fence();
-        multiply_qk(scores, q, descriptor_at(k_stages, k_at.stage * TILE_BYTES));
+        multiply_qk(scores, q, descriptor_at(k_stages, at.stage() * TILE_BYTES));
         wgmma_commit();
     };
     const auto k_multiplier = [&]() {
-        const u32 scale = pipeline.shared + SCALES_AT + k_at.stage * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
+        const u32 scale = pipeline.shared + SCALES_AT + at.stage() * SCALE_BYTES + threadIdx.x % 4 * sizeof(float);
         const float c = fminf(q_multiplier * load_shared_float(scale), LARGEST_MULTIPLIER);
         if constexpr (INT8_PV) may_be_coarse = any_lane(c > LARGEST_FINE_MULTIPLIER);
         return c;
@@ -224,7 +229,6 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const int whole_tiles = unmasked_tiles(params, first_row);
         Partial apart = {};
         Partial& partial = APART ? apart : scores[0];
-        int tiles_in_partial = 0;
         float output[HEAD_DIM / 2] = {};
         RowState rows;
         // By which what was summed before this tile is multiplied; O takes it when T is added, or at once where that is rare.
@@ -238,7 +242,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             i32 sums[4];
             wgmma_fence();
             if constexpr (with_sums) multiply_p_ones(sums, p, ones);
-            multiply_pv(partial, p, descriptor_at(v_stages, v_at.stage * TILE_BYTES + n * (PANEL * TILE_KEYS)));
+            multiply_pv(partial, p, descriptor_at(v_stages, at.stage() * TILE_BYTES + n * (PANEL * TILE_KEYS)));
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_result(partial);
@@ -268,11 +272,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             for (int i = 0; i < PANEL_WORDS; ++i) output[i] += __int_as_float(partial[i]);
         };
         // A row's reference is not lower than its first tile asks for; O is not there yet, or shrinks.
-        const auto raise = [&](auto masked, const bool (&must)[2], const Logits& logits, const i32 (&last)[2]) {
+        const auto raise = [&](auto masked, const bool (&must)[2], const Logits& logits, const i32 (&last)[2], int tile) {
             float top[2];
             largest_scores<decltype(masked)::value>(top, logits, last);
             raise_reference<decltype(masked)::value>(shrink, rows, must, top, multiplier);
-            if (APART && tiles_in_partial > 0) {
+            if (APART && tile % TILES_OF_PARTIAL > 0) {
                 // T is then 0 and still added to: whether it is must be the same in all warps of the warpgroup, and not all come here.
                 merge_partial();
 #pragma unroll
@@ -326,23 +330,19 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                 scores_to_float(logits, scores);
                 exponentials<is_masked, false>(p, unrounded, logits, multiplier, rows.reference, last);
                 if (any_lane(fmaxf(unrounded[0], unrounded[1]) > SAFE_SUM)) {
-                    raise(masked, {quad_max(unrounded[0]) > SAFE_SUM, quad_max(unrounded[1]) > SAFE_SUM}, logits, last);
+                    raise(masked, {quad_max(unrounded[0]) > SAFE_SUM, quad_max(unrounded[1]) > SAFE_SUM}, logits, last, tile);
                     exponentials<is_masked, true>(p, unrounded, logits, multiplier, rows.reference, last);
                 }
 #pragma unroll
                 for (int row = 0; row < 2; ++row) rows.unrounded[row] += unrounded[row];
             }
         };
-        // The work behind this one, if this warpgroup has scores to compute in it, and sees the last of this one's tiles.
-        const auto open_next = [&]() {
-            if (own_tiles < tiles_of_work(params, work_in_slot(pipeline, work_at))) return false;
+        // Drawn when most tiles of this one have been read: to be asked for no earlier.
+        const auto next_work = [&]() {
             WorkCursor next_at = work_at;
             next_at.advance();
             pipeline.work().wait(next_at);
-            const Work next = work_in_slot(pipeline, next_at);
-            if (next.batch >= params.batch || visible_tiles(params, next.row + warpgroup * ROWS) == 0) return false;
-            q_multiplier = load_q(params, next, warpgroup, slab);
-            return true;
+            return work_in_slot(pipeline, next_at);
         };
         // O += P V, and the next scores, as one block of GEMMs in this warpgroup's turn. Nothing else is in it: the others wait. The next scores of the
         // last tile are the first of the next work.
@@ -350,59 +350,58 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
             constexpr bool is_last = decltype(last)::value;
             u32 p[16];
             softmax(masked, p, tile);
-            v_ring.wait(v_at);
-            if constexpr (is_last) begun = open_next();
-            if (!is_last || begun) k_ring.wait(k_at);
+            // The stage that this one's last V is in belongs to the next work, too, and this warpgroup's rows see nothing there: it stays until then.
+            bool keeps = false;
+            if constexpr (is_last) {
+                if (own_tiles == tiles_of_work(params, work_in_slot(pipeline, work_at))) {
+                    const Work next = next_work();
+                    keeps = joins(params, next);
+                    if (keeps && visible_tiles(params, next.row + warpgroup * ROWS) > 0) {
+                        q_multiplier = load_q(params, next, warpgroup, slab);
+                        begun = true;
+                        keeps = false;
+                    }
+                }
+            }
+            ring.wait(at);
             turns.wait();
             if constexpr (APART) {
                 wgmma_fence();
-                multiply_pv(partial, p, descriptor_at(v_stages, v_at.stage * TILE_BYTES), tiles_in_partial > 0);
+                multiply_pv(partial, p, descriptor_at(v_stages, at.stage() * TILE_BYTES), tile % TILES_OF_PARTIAL > 0);
             } else {
                 add_pv(p, Constant<0>{});
                 if constexpr (PANELS == 2) add_pv(p, Constant<1>{});
             }
-            // Behind the last work Q meets what lies in K's stage, and nobody reads the scores: a branch among the GEMMs costs more.
+            // Where these are not this warpgroup's next scores, Q meets what lies in K's part of the stage, and nobody reads them: a branch among the GEMMs
+            // costs more.
             issue_qk();
             turns.pass();
-            if constexpr (!APART) v_ring.release(v_at, elected);
-            // Behind the last work nobody reads the scales either: others may be on their way into the stage.
-            if constexpr (!is_last) multiplier = k_multiplier();
+            multiplier = k_multiplier();
             wgmma_wait<0>();
-            if constexpr (APART) {
-                wgmma_result(partial);
-                v_ring.release(v_at, elected);
-            }
+            if constexpr (APART) wgmma_result(partial);
 #pragma unroll
             for (auto& part : scores) wgmma_result(part);
-            if (!is_last || begun) {
-                if constexpr (is_last) {
-                    multiplier = k_multiplier();
-                    __syncwarp();
-                }
-                k_ring.release(k_at, elected);
-                k_at.advance();
+            if (!keeps) {
+                ring.release(at, elect_one());
+                at.advance();
             }
-            v_at.advance();
-            if (APART && ++tiles_in_partial == TILES_OF_PARTIAL) {
-                merge_partial();
-                tiles_in_partial = 0;
-            }
+            if (APART && tile % TILES_OF_PARTIAL == TILES_OF_PARTIAL - 1) merge_partial();
         };
 
         // No more than there are; said to the compiler, it keeps less in local memory.
         const int unmasked = min(whole_tiles, own_tiles);
-        if (!begun) {
+        if (!begun && tiles_of_work(params, work) > 0) {
+            if (own_tiles > 0) q_multiplier = load_q(params, work, warpgroup, slab);
+            ring.wait(at);
             if (own_tiles > 0) {
-                q_multiplier = load_q(params, work, warpgroup, slab);
-                k_ring.wait(k_at);
                 issue_qk();
                 multiplier = k_multiplier();
                 wgmma_wait<0>();
 #pragma unroll
                 for (auto& part : scores) wgmma_result(part);
-                k_ring.release(k_at, elected);
-                k_at.advance();
             }
+            ring.release(at, elect_one());
+            at.advance();
         }
         if (!RUNNING_MAX && own_tiles > 0) {
             i32 last[2], top[2];
@@ -425,29 +424,29 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         } else if (tile < own_tiles) {
             attend_tile(Masked{}, Constant<true>{}, tile++);
         }
-        if (APART && tiles_in_partial > 0) merge_partial();
+        if (APART && own_tiles % TILES_OF_PARTIAL > 0) merge_partial();
 
         const Work done = work_in_slot(pipeline, work_at);
         // LSE first: it reads Q again, and O takes the registers that it needs.
         if constexpr (LSE) store_lse(params, done, done.row + warpgroup * ROWS, rows);
         if constexpr (V_RESIDUALS) residual_ring.wait(residual_of_work(work_at));
-        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES,
+        store_output(params, done, done.row + warpgroup * ROWS, pipeline.shared + V_SCALES_AT + work_at.stage() * CHANNEL_BYTES,
                      pipeline.shared + RESIDUALS_AT + warpgroup * CHANNEL_BYTES, output, rows);
         if constexpr (V_RESIDUALS) residual_ring.release({}, true);
         // Tiles that only later warpgroups of the block see.
         for (const int tiles = tiles_of_work(params, done); tile < tiles; ++tile) {
-            k_ring.wait(k_at);
-            k_ring.release(k_at, elected);
-            k_at.advance();
-            v_ring.wait(v_at);
-            v_ring.release(v_at, elected);
-            v_at.advance();
+            // The last one's V may be in one stage with the next work's K.
+            if (tile + 1 < tiles || !joins(params, next_work())) {
+                ring.wait(at);
+                ring.release(at, elect_one());
+                at.advance();
+            }
             turns.wait();
             turns.pass();
         }
         // Every lane has read V's scales.
         __syncwarp();
-        pipeline.work().release(work_at, elected);
+        pipeline.work().release(work_at, elect_one());
     }
     turns.close();
 }
@@ -463,8 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ENTRY(const __grid_cons
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     if (threadIdx.x == 0) {
         if (pipeline.shared % 1024 != 0) __trap();
-        pipeline.k().init(4 * CONSUMERS);
-        pipeline.v().init(4 * CONSUMERS);
+        pipeline.tiles().init(4 * CONSUMERS);
         // The consumers' warps, and the one that looks ahead.
         pipeline.work().init(4 * CONSUMERS + 1);
         for (int i = 0; i < CONSUMERS; ++i) pipeline.residual(i).init(WARPGROUP, 32);

@@ -6,20 +6,27 @@
 
 /// Draws works until there are none, publishes each with its channel scales of V, and streams its tiles.
 DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
-    StageCursor at;
+    const TileRing ring = pipeline.tiles();
+    TileCursor at;
     WorkCursor work_at;
     const auto publish = [&](u32 index) {
         const Work work = decode_work(params, index);
         const bool any = work.batch < params.batch;
         pipeline.work().open(work_at, any ? CHANNEL_BYTES : 0, [&](u32 full) {
-            store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
+            store_shared_16_bytes(pipeline.shared + WORK_AT + work_at.stage() * sizeof(Work), work.batch, work.head, work.kv_head, work.row);
             if (!any) return;
-            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage * CHANNEL_BYTES;
+            const u32 to = pipeline.shared + V_SCALES_AT + work_at.stage() * CHANNEL_BYTES;
             bulk_copy_to_shared(to, params.v_scales + static_cast<u64>(work.kv_head) * HEAD_DIM, CHANNEL_BYTES, full);
         });
         work_at.advance();
         return work;
     };
+    const auto copy_v = [&](u64 tile, u32 full) {
+        bulk_copy_to_shared(pipeline.shared + V_AT + at.stage() * TILE_BYTES, params.v_codes + tile * TILE_BYTES, TILE_BYTES, full);
+    };
+    // Whether V of the last tile is still to be copied.
+    bool owes_v = false;
+    u64 last_v = 0;
     u32 index = blockIdx.x;
     for (Work work = publish(index); work.batch < params.batch;) {
         const bool first = index == blockIdx.x;
@@ -32,16 +39,24 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
                 work = publish(index);
             }
             if (tile == tiles) break;
-            // At the launch all multiprocessors ask at once: Q and the first tile come first.
-            if (tile == 1 && first) mbarrier_wait(pipeline.k().empty(0), 0);
-            pipeline.k().open(at, TILE_BYTES + SCALE_BYTES, [&](u32 full) {
-                bulk_copy_to_shared(pipeline.shared + K_AT + at.stage * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
-                bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
-            });
-            pipeline.v().open(at, TILE_BYTES, [&](u32 full) {
-                bulk_copy_to_shared(pipeline.shared + V_AT + at.stage * TILE_BYTES, params.v_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
+            // At the launch all multiprocessors ask at once: Q and the first K come first, then the second stage, then all others. (One stage is opened
+            // when the one before has been read, in any case, and that barrier may be two phases on.)
+            if (tile == 1 && first) mbarrier_wait(ring.full(0), 0);
+            if (STAGES > 1 && tile == 2 && first) mbarrier_wait(ring.empty(0), 0);
+            ring.open(at, TILE_BYTES + SCALE_BYTES + (owes_v ? TILE_BYTES : 0), [&](u32 full) {
+                if (owes_v) copy_v(last_v, full);
+                bulk_copy_to_shared(pipeline.shared + K_AT + at.stage() * TILE_BYTES, params.k_codes + (head + tile) * TILE_BYTES, TILE_BYTES, full);
+                bulk_copy_to_shared(pipeline.shared + SCALES_AT + at.stage() * SCALE_BYTES, params.k_scales + (head + tile) * K_GROUPS, SCALE_BYTES, full);
             });
             at.advance();
+            owes_v = true;
+            last_v = head + tile;
+        }
+        // Nothing follows, or not at once: readers would wait for works that cannot be published before they have read this.
+        if (owes_v && !joins(params, work)) {
+            ring.open(at, TILE_BYTES, [&](u32 full) { copy_v(last_v, full); });
+            at.advance();
+            owes_v = false;
         }
     }
 }
@@ -84,7 +99,7 @@ DEVICE void average_residuals(const AttnParams& params, Pipeline pipeline, const
         const u32 keys = min(static_cast<u32>(tiles) * TILE_KEYS, params.kv_len);
         const float inverse = keys > 0 ? __fdividef(1.f, static_cast<float>(keys)) : 0.f;
         const ResidualRing ring = pipeline.residual(warpgroup);
-        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity ^ 1);
+        mbarrier_wait(ring.empty(0), residual_of_work(work_at).parity() ^ 1);
 #pragma unroll
         for (int i = 0; i < CHANNELS; i += 2) {
             const u32 channel = first_channel + i / VECTOR * VECTOR * 32 + i % VECTOR;
@@ -107,6 +122,6 @@ DEVICE void look_ahead(const AttnParams& params, Pipeline pipeline) {
         first = false;
         if constexpr (V_RESIDUALS) average_residuals(params, pipeline, work, work_at);
         __syncwarp();
-        pipeline.work().release(work_at, threadIdx.x % 32 == 0);
+        pipeline.work().release(work_at, elect_one());
     }
 }

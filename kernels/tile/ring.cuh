@@ -5,16 +5,39 @@
 #pragma once
 #include "ptx/mbarrier.cuh"
 
-template <int stages>
+/// A stage and how often the ring has been walked before it, of which only the last bit counts.
+template <int stages, bool power_of_two = (stages & (stages - 1)) == 0>
 struct Cursor {
-    u32 stage = 0;
-    u32 parity = 0;
+    u32 at = 0;
+    u32 laps = 0;
 
+    DEVICE u32 stage() const {
+        return at;
+    }
+    DEVICE u32 parity() const {
+        return laps;
+    }
     DEVICE void advance() {
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
+        if (++at == stages) {
+            at = 0;
+            laps ^= 1;
         }
+    }
+};
+
+/// Both in one number, which takes a third of the instructions.
+template <int stages>
+struct Cursor<stages, true> {
+    u32 count = 0;
+
+    DEVICE u32 stage() const {
+        return count % stages;
+    }
+    DEVICE u32 parity() const {
+        return count / stages % 2;
+    }
+    DEVICE void advance() {
+        ++count;
     }
 };
 
@@ -42,18 +65,18 @@ struct Ring {
     /// `fill`, which is given the full barrier, start the copies. Its own writes come before the announcement.
     template <class Fill>
     DEVICE void open(Cursor<stages> at, u32 bytes, Fill fill) const {
-        mbarrier_wait(empty(at.stage), at.parity ^ 1);
-        mbarrier_expect(full(at.stage), bytes);
-        fill(full(at.stage));
-        mbarrier_arrive(full(at.stage));
+        mbarrier_wait(empty(at.stage()), at.parity() ^ 1);
+        mbarrier_expect(full(at.stage()), bytes);
+        fill(full(at.stage()));
+        mbarrier_arrive(full(at.stage()));
     }
     /// Reader: waits for the stage's bytes.
     DEVICE void wait(Cursor<stages> at) const {
-        mbarrier_wait(full(at.stage), at.parity);
+        mbarrier_wait(full(at.stage()), at.parity());
     }
     /// Reader: gives the stage back; one lane of each reading warp, after the warp's last read has ended, or each thread
     /// where `init` counted threads.
     DEVICE void release(Cursor<stages> at, bool elected) const {
-        if (elected) mbarrier_arrive(empty(at.stage));
+        mbarrier_arrive_if(elected, empty(at.stage()));
     }
 };

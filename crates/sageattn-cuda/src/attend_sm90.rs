@@ -40,15 +40,14 @@ pub(crate) const fn rounding(variant: &Attend) -> Rounding {
 }
 
 /// Dynamic shared memory of a block: for each warpgroup Q, V's residuals and their two barriers, then stages
-/// of K, V, K's scales and the barriers of two rings, ones, then the works, their barriers and V's scales
-/// for each.
+/// of K, V, K's scales and two barriers, ones, then the works, their barriers and V's scales for each.
 pub(crate) const fn shared_bytes(variant: &Attend) -> u32 {
     let residuals = 4 * variant.width;
     let warpgroup = WARPGROUP_ROWS * variant.width + residuals + STAGE_BARRIERS;
     let tile = TILE_KEYS * variant.width;
     let k_scales = K_GROUPS * 4;
     let v_scales = 4 * variant.width;
-    let stage = 2 * tile + k_scales + 2 * STAGE_BARRIERS;
+    let stage = 2 * tile + k_scales + STAGE_BARRIERS;
     let work = STAGE_BARRIERS + WORK_BYTES + v_scales;
     variant.consumers * warpgroup + variant.stages * stage + ONES_BYTES + WORK_SLOTS * work
 }

@@ -209,11 +209,11 @@ pub(crate) fn width(head_dim: usize) -> u32 {
 const fn tile(width: u32) -> (u32, u32) {
     match width {
         // Three warpgroups of 160 registers keep the tensor cores busy while two take exponentials; a
-        // fourth would leave each too few for S, P and O. Stages of 16 KiB are soon read: six of them
-        // cover the latency of memory.
-        64 => (3, 6),
+        // fourth would leave each too few for S, P and O. Stages of 16 KiB are soon read: six or more of them
+        // cover the latency of memory. A power of two is counted with fewer instructions.
+        64 => (3, 8),
         // 32 KiB a stage: beyond three, more make no difference.
-        128 => (3, 5),
+        128 => (3, 4),
         // O alone takes 128 registers a thread: two warpgroups of 240. 64 KiB a stage: beside Q and V's
         // residuals there is no room for a third, and two are as fast.
         _ => (2, 2),

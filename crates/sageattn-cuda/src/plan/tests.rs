@@ -44,7 +44,7 @@ fn sizes_follow_from_the_problem() {
     // 1000 rows in blocks of 192, for 16 heads.
     assert_eq!((choice.row_blocks, choice.works), (6, 96));
     let name = Variant::Attend(choice.attend).name();
-    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_max_c3s5");
+    assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_max_c3s4");
 }
 
 /// The constants of the two kernels that prepare K and V.
@@ -198,7 +198,7 @@ fn integers_follow_their_maximum_whatever_the_caller_wants_for_e4m3() {
     let choice = choose(&problem, &Recipe::I8_I8_DYN, machine).unwrap();
     assert!(choice.attend.running_max);
     let name = Variant::Attend(choice.attend).name();
-    assert_eq!(name, "attn_i8_i8_sm90_d128_bf16_cut_c3s5");
+    assert_eq!(name, "attn_i8_i8_sm90_d128_bf16_cut_c3s4");
     let name = Variant::Encode(twice(&choice)).name();
     assert_eq!(name, "kv_encode_d128_bf16_smooth_cut_i8");
     // Nothing is added up that nothing reads.

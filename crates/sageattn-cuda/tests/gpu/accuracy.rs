@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use libtest_mimic::Failed;
-use sageattn_core::{Align, DType, Mask, Outputs, Recipe, Smooth};
+use sageattn_core::{Align, DType, Mask, Outputs, Recipe, Shape, Smooth};
 use sageattn_cuda::Cuda;
 
 use crate::codes;
@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("head_dims_agree_with_the_oracles", head_dims),
     ("lengths_agree_with_the_oracles", lengths),
     ("masks_agree_with_the_oracles", masks),
+    ("uneven_works_agree_with_the_oracles", uneven_works),
     (
         "types_and_outputs_agree_with_the_oracles",
         types_and_outputs,
@@ -49,6 +50,39 @@ fn masks(cuda: &Cuda) -> Result<(), Failed> {
                     .check_quantized(cuda)?;
             }
         }
+    }
+    Ok(())
+}
+
+fn uneven_works(cuda: &Cuda) -> Result<(), Failed> {
+    // Warpgroups without rows pass by more tiles than there are stages.
+    for head_dim in [64, 128] {
+        let shape = Shape {
+            q_len: 200,
+            ..Shape::mha(1, 2, 2000, head_dim)
+        };
+        Call::new(shape, DType::F16).check_quantized(cuda)?;
+    }
+    // More works than multiprocessors, whole ones before partial ones: what a warpgroup finds in a stage
+    // may be the next work's, of which its rows see nothing.
+    let partial = Shape {
+        q_len: 200,
+        ..Shape::mha(1, 200, 700, 64)
+    };
+    Call::new(partial, DType::F16).check_quantized(cuda)?;
+    let causal = Call::new(Shape::mha(1, 150, 450, 64), DType::F16)
+        .with(|problem| problem.with_mask(Mask::Causal(Align::TopLeft)));
+    causal.check_quantized(cuda)?;
+    // Many works without keys before and between those that have some.
+    for kv_len in [1, 129, 300] {
+        let shape = Shape {
+            kv_len,
+            ..Shape::mha(1, 24, 4000, 64)
+        };
+        Call::new(shape, DType::F16)
+            .with(|problem| problem.with_mask(Mask::Causal(Align::BottomRight)))
+            .with(|problem| problem.with_outputs(Outputs::OAndLse))
+            .check_quantized(cuda)?;
     }
     Ok(())
 }
