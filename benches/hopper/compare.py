@@ -155,7 +155,7 @@ def half_tile(head_dim, causal, length):
     padded = lambda keys: -(-length // keys) * keys
     if head_dim == 64 and not causal and 16 * padded(192) <= 17 * padded(128):
         keys, stages = 192, 4
-    return dict(CONSUMERS=2, KEYS=keys, Q_SLOTS=1, K_STAGES=stages, V_STAGES=stages)
+    return dict(CONSUMERS=2, KEYS=keys, Q_SLOTS=1, K_STAGES=stages, V_STAGES=stages, TURNS=int(head_dim == 128 and causal))
 
 
 class Ours:

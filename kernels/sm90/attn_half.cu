@@ -9,7 +9,7 @@
 // Schedule  S of the next tile is asked for before O takes the P V of this one, so that exponentials run beside P V. The next tile may be the first of the
 //           next work: while O is stored, its scores are on their way. That work is looked up, and its Q taken, beside the last scores of this one.
 // Shared    Q [Q_SLOTS][CONSUMERS x 64 x HEAD_DIM] | K [K_STAGES][KEYS x HEAD_DIM] | V [V_STAGES][KEYS x HEAD_DIM] | barriers
-// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES as in README.md.
+// Constants HEAD_DIM 64, 128, 256; IN_T F16, Bf16; CAUSAL, LSE, CUT_OCTET 0 or 1; CONSUMERS, KEYS, Q_SLOTS, K_STAGES, V_STAGES, TURNS as in README.md.
 #include "abi.cuh"
 #include "attn/softmax_half.cuh"
 #include "ptx/mma_half.cuh"
@@ -18,6 +18,7 @@
 #include "tile/ring.cuh"
 #include "tile/store_rows.cuh"
 #include "tile/swizzle.cuh"
+#include "tile/turns.cuh"
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to one of these by the copy engine");
 static_assert(IN_T::bytes == 2, "operands of 16 bits");
@@ -325,6 +326,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
     Cursor<Q_SLOTS> q_at;
     Cursor<K_STAGES> k_at;
     Cursor<V_STAGES> v_at;
+    const Turns<CONSUMERS, TURNS> turns{static_cast<u32>(warpgroup)};
     const bool negative = params.softmax_scale < 0.f;
     const float c = multiplier_of(params.softmax_scale);
 
@@ -428,6 +430,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         v_at.advance();
     };
 
+    turns.open();
     take_q();
     k_ring.wait(k_at);
     issue_qk();
@@ -455,8 +458,10 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         }
         k_ring.wait(k_at);
         v_ring.wait(v_at);
+        turns.wait();
         issue_qk();
         issue_pv(accumulate);
+        turns.pass();
         if (Q_IN_REGISTERS && tile + 1 == task.tiles) look_ahead();
         const bool special = is_special();
         wgmma_wait<1>();
@@ -474,6 +479,7 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
         }
         pack();
     }
+    turns.close();
     v_ring.wait(v_at);
     wgmma_fence();
     issue_pv(tile > 1);

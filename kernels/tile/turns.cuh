@@ -23,6 +23,6 @@ struct Turns {
     }
     /// After as many turns of every warpgroup.
     DEVICE void close() const {
-        if (warpgroup == 0) wait();
+        if (taken && warpgroup == 0) wait();
     }
 };

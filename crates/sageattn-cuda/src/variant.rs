@@ -136,6 +136,8 @@ pub struct HalfTile {
     pub k_stages: u32,
     /// Tiles of V that shared memory holds.
     pub v_stages: u32,
+    /// Whether warpgroups issue their GEMMs one after the other.
+    pub turns: bool,
 }
 
 /// Head dimensions that the kernels have; others are padded to the next.
@@ -220,6 +222,7 @@ impl Variant {
                 ("Q_SLOTS", half.tile.q_slots.to_string()),
                 ("K_STAGES", half.tile.k_stages.to_string()),
                 ("V_STAGES", half.tile.v_stages.to_string()),
+                ("TURNS", u8::from(half.tile.turns).to_string()),
             ],
         }
     }
@@ -380,6 +383,9 @@ impl Half {
             "_c{}n{}s{}{}{}",
             tile.consumers, tile.keys, tile.q_slots, tile.k_stages, tile.v_stages
         ));
+        if tile.turns {
+            suffix.push_str("_turns");
+        }
         suffix
     }
 }
