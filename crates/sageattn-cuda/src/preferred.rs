@@ -9,7 +9,7 @@ struct Times {
     /// The head dimension that kernels have.
     width: u32,
     /// Of the two recipes that quantize the one with less error, unless it costs time: P V in integers has less
-    /// than half of e4m3's. Its calls take as long at 128, within runs' noise, 0.97 of the time at 256 and 1.07 at 64
+    /// than half of e4m3's. Its calls take as long at 128, within runs' noise, 0.97 of the time at 256 and up to 1.08 at 64
     /// (`docs/kernels/attn_i8_i8_sm90.md`, `docs/results/h100.md`).
     recipe: Recipe,
     /// Femtoseconds for one query of one head to attend to one key, in that recipe.

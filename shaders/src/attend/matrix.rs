@@ -118,7 +118,7 @@ impl MatrixTile {
         let reads = self.key_tile * self.channels / self.read_width();
         let threads = self.invocations();
         // When K and V are read and what is loaded before Q K^T, as measured: docs/kernels/attend_matrix_wgsl.md.
-        // Beyond 128 channels nothing else has been; V takes registers that only few channels leave.
+        // Beyond 128 channels nothing else has been with two tiles, and nothing with one; V takes registers that only few channels leave.
         let read_behind = self.double && v.lse && self.channels <= 128;
         let prelude = v
             .constants(Prelude::enabling(&name, &extensions))

@@ -15,6 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("half::masks_agree_with_the_oracles", masks),
     ("half::scales_agree_with_the_oracles", scales),
     ("half::huge_logits_agree_with_the_oracles", huge_logits),
+    ("half::rising_scores_agree_with_the_oracles", rising_scores),
     ("half::gaps_between_rows_never_get_in", gaps),
     ("half::broadcast_keys_agree", broadcast),
     ("half::needs_no_workspace", no_workspace),
@@ -82,6 +83,22 @@ fn huge_logits(cuda: &Cuda) -> Result<(), Failed> {
         half(gqa(150, 190, 64), DType::BF16)
             .with(|problem| problem.with_softmax_scale(scale).unwrap())
             .check(cuda)?;
+    }
+    Ok(())
+}
+
+/// Scores far above those of a row's first tile, in every size of tile: such tiles are computed once more.
+fn rising_scores(cuda: &Cuda) -> Result<(), Failed> {
+    for (head_dim, kv_len) in [(64, 450), (64, 1105), (128, 450), (256, 450)] {
+        for (dtype, scale) in [(DType::F16, 1.0), (DType::BF16, -1.0)] {
+            for mask in [Mask::None, Mask::Causal(Align::BottomRight)] {
+                half(gqa(150, kv_len, head_dim), dtype)
+                    .with(|problem| problem.with_softmax_scale(scale).unwrap())
+                    .with(|problem| problem.with_mask(mask))
+                    .with(|problem| problem.with_outputs(Outputs::OAndLse))
+                    .check(cuda)?;
+            }
+        }
     }
     Ok(())
 }
