@@ -99,6 +99,7 @@ fn spills_allowed(variant: &Variant) -> u32 {
         // What lives across works, and round the rare path that moves a reference; what the GEMMs meet
         // is checked in the machine code.
         Variant::Attend(attend) if attend.width == 64 => 96,
+        Variant::Attend(attend) if attend.lse => 352,
         Variant::Attend(_) => 320,
         // The producers have 24 registers; the consumers' code is checked for what they keep.
         Variant::Half(_) => 64,
@@ -162,8 +163,9 @@ fn check_instructions(variant: &Variant, sass: &str) -> Result<(), String> {
         }
     }
     // Labels and branches end a block; one value reloaded beside the GEMMs is nothing. A running maximum
-    // keeps four values more alive than there are registers.
+    // keeps four values more alive than there are registers, and LSE a fifth sum: short calls only.
     let allowed = match variant {
+        Variant::Attend(attend) if attend.running_max && attend.lse => 10,
         Variant::Attend(attend) if attend.running_max => 8,
         // At 128 channels the path that computes scores again presses a counter or two out.
         Variant::Half(half) if half.width != 128 => 0,
