@@ -162,7 +162,7 @@ fn candidates(head_dim: usize) -> &'static [Candidate] {
 }
 
 #[test]
-#[ignore = "needs a GPU with cooperative matrices, which the drivers in software that the tests install have not, and times it for a minute"]
+#[ignore = "a measurement for tuning, of tiles that do not ship: takes a GPU with cooperative matrices for a minute; the conformance suite checks those that do"]
 fn sweep() {
     let gpu = Wgpu::best().unwrap();
     let facts = &gpu.context.facts;
