@@ -82,8 +82,8 @@ struct AttnParams {
     u32 tiles;
     /// Blocks of query rows in one head: ceil(q_len / rows of a block).
     u32 row_blocks;
-    /// batch * q_heads * row_blocks.
-    u32 works;
+    /// Heads whose blocks are taken in turn: first the last block of each, then the one before of each.
+    u32 heads_together;
     /// Multiplies q . k before the softmax; any finite value.
     float softmax_scale;
     /// With CAUSAL, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for bottom-right.

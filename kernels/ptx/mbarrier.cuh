@@ -44,6 +44,18 @@ DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
     return done != 0;
 }
 
+/// Whether the phase of that parity has ended. PTX ISA 9.7.13.15.16, mbarrier.test_wait.
+DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{ .reg .pred ended;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, ended; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
 DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
     while (!mbarrier_try_wait(barrier, parity)) {
     }

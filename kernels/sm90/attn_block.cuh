@@ -61,23 +61,31 @@ static_assert(WORK_AT % 16 == 0 && V_SCALES_AT % 16 == 0, "16-byte loads and cop
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KiB of shared memory");
 static_assert(Q_SLAB % 1024 == 0 && TILE_BYTES % 1024 == 0, "swizzle atoms start on 1024 bytes");
 
+/// Blocks of rows, over all heads.
+DEVICE u32 count_of_works(const AttnParams& params) {
+    return params.batch * params.q_heads * params.row_blocks;
+}
+
 /// Blocks of rows end with the head's last 64: it is the first block that may have fewer, the one that sees the fewest keys. Such blocks come last, when
 /// a multiprocessor has room for a small work.
 DEVICE Work decode_work(const AttnParams& params, u32 index) {
+    const u32 heads = params.batch * params.q_heads;
     const i32 slabs = (params.q_len + ROWS - 1) / ROWS;
     const i32 missing = params.row_blocks * CONSUMERS - slabs;
     const u32 whole_blocks = params.row_blocks - (missing > 0 ? 1 : 0);
-    const u32 whole_works = params.works / params.row_blocks * whole_blocks;
     u32 head, block = 0;
-    if (index < whole_works) {
-        head = index / whole_blocks;
-        // With a causal mask the last rows see the most keys: the longest works of a head start first.
-        block = params.row_blocks - 1 - index % whole_blocks;
+    if (index < heads * whole_blocks) {
+        // With a causal mask the last rows see the most keys: the longest works of these heads start first.
+        const u32 first_head = index / (params.heads_together * whole_blocks) * params.heads_together;
+        const u32 together = min(params.heads_together, heads - first_head);
+        const u32 within = index - first_head * whole_blocks;
+        head = first_head + within % together;
+        block = params.row_blocks - 1 - within / together;
     } else {
-        head = index - whole_works;
+        head = index - heads * whole_blocks;
     }
     Work work;
-    work.batch = index < params.works ? head / params.q_heads : params.batch;
+    work.batch = index < count_of_works(params) ? head / params.q_heads : params.batch;
     work.head = head % params.q_heads;
     work.kv_head = work.batch * (params.q_heads / params.q_heads_per_kv_head) + work.head / params.q_heads_per_kv_head;
     work.row = (static_cast<i32>(block * CONSUMERS) - missing) * ROWS;

@@ -45,6 +45,8 @@ constexpr bool APART = !RUNNING_MAX && HEAD_DIM == 64;
 static_assert(RUNNING_MAX || !INT8_PV, "u8 P is relative to its tile's maximum");
 /// Whether warpgroups take turns.
 constexpr bool TURNS = !APART && !INT8_PV;
+/// Whether a register is free for the answer while exponentials are taken.
+constexpr bool ASKS_EARLY = !LSE && (INT8_PV || !RUNNING_MAX);
 /// Tiles that T takes in before it is added to O, where they are apart. The tensor core keeps fewer bits than f32; up to 16 tiles no error was seen to
 /// come of that here (docs/kernels/attn_i8_f8_sm90.md).
 constexpr int TILES_OF_PARTIAL = 4;
@@ -150,27 +152,33 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
             }
         }
     }
+    // The order of V's channels gives this lane eight neighbours of 32.
+    const int lane_channel = lane % 4 * OCTET;
+    float scale[2][OCTET / 4][4], residual[2][OCTET / 4][4];
+    const auto load = [&](int column) {
+#pragma unroll
+        for (int i = 0; i < OCTET / 4; ++i) {
+            const u32 at = (column + lane_channel + 4 * i) * sizeof(float);
+            load_shared_floats(scale[column / 32 % 2][i], v_scales + at);
+            if constexpr (V_RESIDUALS) load_shared_floats(residual[column / 32 % 2][i], residuals + at);
+        }
+    };
+    load(0);
 #pragma unroll
     for (int column = 0; column < HEAD_DIM; column += 32) {
-        // The order of V's channels gives this lane eight neighbours of 32.
-        const int first = column + lane % 4 * OCTET;
-        float scale[2][4], residual[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            load_shared_floats(scale[i], v_scales + (first + 4 * i) * sizeof(float));
-            if constexpr (V_RESIDUALS) load_shared_floats(residual[i], residuals + (first + 4 * i) * sizeof(float));
-        }
+        // Ahead of the stores, which wait for these.
+        if (column + 32 < HEAD_DIM) load(column + 32);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float x[OCTET];
 #pragma unroll
             for (int i = 0; i < OCTET; ++i) {
                 const float sum = output[column / 2 + 4 * (i / 2) + 2 * h + i % 2];
-                const float addend = V_RESIDUALS ? residual[i / 4][i % 4] : -V_OFFSET;
-                x[i] = fmaf(sum, normalize[h], addend) * scale[i / 4][i % 4];
+                const float addend = V_RESIDUALS ? residual[column / 32 % 2][i / 4][i % 4] : -V_OFFSET;
+                x[i] = fmaf(sum, normalize[h], addend) * scale[column / 32 % 2][i / 4][i % 4];
             }
             // Rounded weights and a mean of its own can lead out of the range of V, and O's type may end there.
-            store_finite_octet(IN_T{}, o_row[h], x, first, params.head_dim);
+            store_finite_octet(IN_T{}, o_row[h], x, column + lane_channel, params.head_dim);
         }
     }
 }
@@ -349,6 +357,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         const auto attend_tile = [&](auto masked, auto last, int tile) {
             constexpr bool is_last = decltype(last)::value;
             u32 p[16];
+            // Asked for ahead of the exponentials: behind them nothing would hide the answer's latency.
+            const bool is_full = ASKS_EARLY && ring.is_full(at);
             softmax(masked, p, tile);
             // The stage that this one's last V is in belongs to the next work, too, and this warpgroup's rows see nothing there: it stays until then.
             bool keeps = false;
@@ -363,7 +373,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
                     }
                 }
             }
-            ring.wait(at);
+            if (!is_full) ring.wait(at);
             turns.wait();
             if constexpr (APART) {
                 wgmma_fence();
@@ -417,8 +427,11 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         int tile = 0;
 #pragma unroll 1
         for (; tile < min(unmasked, own_tiles - 1); ++tile) attend_tile(Unmasked{}, Constant<false>{}, tile);
+        // Without a causal mask only the last tile has keys that are not there.
+        if constexpr (CAUSAL) {
 #pragma unroll 1
-        for (; tile < own_tiles - 1; ++tile) attend_tile(Masked{}, Constant<false>{}, tile);
+            for (; tile < own_tiles - 1; ++tile) attend_tile(Masked{}, Constant<false>{}, tile);
+        }
         if (tile < unmasked) {
             attend_tile(Unmasked{}, Constant<true>{}, tile++);
         } else if (tile < own_tiles) {

@@ -35,7 +35,7 @@ DEVICE void produce(const AttnParams& params, Pipeline pipeline) {
         // Once more than there are tiles, so that a work without tiles is followed by another, too.
         for (int tile = 0; tile <= tiles; ++tile) {
             if (tile == max(tiles - DRAW_AHEAD, 0)) {
-                index = gridDim.x + atomic_increment(params.next_work, params.works - 1);
+                index = gridDim.x + atomic_increment(params.next_work, count_of_works(params) - 1);
                 work = publish(index);
             }
             if (tile == tiles) break;

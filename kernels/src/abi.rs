@@ -109,8 +109,8 @@ pub struct AttnParams {
     pub tiles: u32,
     /// Blocks of query rows in one head: ceil(q_len / (64 * `CONSUMERS`)).
     pub row_blocks: u32,
-    /// batch * q_heads * row_blocks.
-    pub works: u32,
+    /// Heads whose blocks are taken in turn: first the last block of each, then the one before of each.
+    pub heads_together: u32,
     /// Multiplies q . k before the softmax; any finite value.
     pub softmax_scale: f32,
     /// With `CAUSAL`, row r sees key n if n <= r + diagonal: 0 for top-left, kv_len - q_len for bottom-right.

@@ -70,6 +70,10 @@ struct Ring {
         fill(full(at.stage()));
         mbarrier_arrive(full(at.stage()));
     }
+    /// Reader: whether the stage's bytes are there.
+    DEVICE bool is_full(Cursor<stages> at) const {
+        return mbarrier_test(full(at.stage()), at.parity());
+    }
     /// Reader: waits for the stage's bytes.
     DEVICE void wait(Cursor<stages> at) const {
         mbarrier_wait(full(at.stage()), at.parity());

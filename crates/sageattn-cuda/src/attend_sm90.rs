@@ -96,7 +96,7 @@ pub(crate) fn attend(
             head_dim: choice.head_dim,
             tiles: choice.tiles,
             row_blocks: choice.row_blocks,
-            works: choice.works,
+            heads_together: choice.heads_together,
             softmax_scale: choice.softmax_scale,
             diagonal: choice.diagonal,
             next_work: at(ranges.next_work),

@@ -45,7 +45,7 @@ unsafe impl Params for AttnParams {
     const ENTRIES: &'static [&'static str] = &["attn_i8_f8_sm90", "attn_i8_i8_sm90"];
     const FIELDS: &'static [(&'static str, usize)] = fields! {
         q o lse k_codes v_codes k_scales v_scales v_residuals k_mean q_stride o_stride batch q_heads
-        q_heads_per_kv_head q_len kv_len head_dim tiles row_blocks works softmax_scale diagonal next_work
+        q_heads_per_kv_head q_len kv_len head_dim tiles row_blocks heads_together softmax_scale diagonal next_work
     };
 }
 

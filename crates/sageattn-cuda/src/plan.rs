@@ -83,6 +83,8 @@ pub(crate) struct Choice {
     /// Blocks of query rows in one head, and in all.
     pub(crate) row_blocks: u32,
     pub(crate) works: u32,
+    /// Heads whose blocks are taken in turn, the longest first.
+    pub(crate) heads_together: u32,
     pub(crate) multiprocessors: u32,
     pub(crate) softmax_scale: f32,
     /// Row r sees key n when n <= r + diagonal.
@@ -173,11 +175,42 @@ pub(crate) fn choose(
         samples,
         row_blocks,
         works: batch * q_heads * row_blocks,
+        heads_together: if causal {
+            let codes = 2 * u64::from(tiles) * u64::from(TILE_KEYS * width);
+            heads_together(batch * q_heads, q_heads / kv_heads, codes, machine)
+        } else {
+            1
+        },
         multiprocessors: machine.multiprocessors,
         softmax_scale: problem.softmax_scale(),
         diagonal,
         overlap: machine.overlap,
     })
+}
+
+/// Bytes of K and V that stay in an H100's L2 (50 MB, of which a multiprocessor is near one half) while
+/// blocks of rows read them in turn.
+const L2_SHARE: u64 = 16 << 20;
+
+/// With a causal mask a head's blocks differ in length by as much as there are blocks. Multiprocessors draw
+/// them one by one, and end together if the last ones drawn are short: so the longest of several heads come
+/// first, then the next longest. Head by head, the longest block of the last head would be drawn among the
+/// last. A list schedule of 128 heads of 1024 keys on 132 multiprocessors ends 8 % above the mean then and
+/// 3 % together, 7 and 1 % of 2048 keys, 2 and 0.1 % of 8192.
+///
+/// More heads than L2 holds would read K and V from memory once for each block. And at least two
+/// multiprocessors read each head at a time: with one, 1024 keys took 84 us instead of 75. A last group of
+/// fewer heads would end as head by head does: all have the same size.
+fn heads_together(
+    heads: u32,
+    q_heads_per_kv_head: u32,
+    bytes_of_kv_head: u64,
+    machine: Machine,
+) -> u32 {
+    let held = (L2_SHARE / bytes_of_kv_head).max(1) * u64::from(q_heads_per_kv_head);
+    let read_twice = (machine.multiprocessors / 2).max(1);
+    let most = u32::try_from(held).map_or(read_twice, |held| held.min(read_twice));
+    heads.div_ceil(heads.div_ceil(most))
 }
 
 /// Whether the mask is causal, and the last key that row 0 sees.

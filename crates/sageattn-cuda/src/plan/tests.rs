@@ -47,6 +47,32 @@ fn sizes_follow_from_the_problem() {
     assert_eq!(name, "attn_i8_f8_sm90_d128_bf16_cut_max_c3s4");
 }
 
+#[test]
+fn long_works_of_some_heads_come_before_short_ones() {
+    let together = |shape: Shape, mask| {
+        let problem = Problem::new(shape, DType::F16).unwrap().with_mask(mask);
+        chosen(&problem, &Recipe::SAGE2_I8_F8).heads_together
+    };
+    let causal = Mask::Causal(Align::TopLeft);
+    let heads = |kv_len, head_dim| Shape::mha(4, 32, kv_len, head_dim);
+    // Equal works need no order.
+    assert_eq!(together(heads(1024, 128), Mask::None), 1);
+    // At most half as many heads as multiprocessors: 128 in two groups.
+    assert_eq!(together(heads(1024, 128), causal), 64);
+    // 384 KiB a head, 42 of them in 16 MiB: four equal groups instead of 42, 42, 42 and 2.
+    assert_eq!(together(heads(1536, 128), causal), 32);
+    assert_eq!(together(heads(8192, 128), causal), 8);
+    // Four query heads read the same keys.
+    let shared = Shape {
+        kv_heads: 8,
+        ..heads(8192, 128)
+    };
+    assert_eq!(together(shared, causal), 32);
+    // Longer than L2, and fewer heads than a group.
+    assert_eq!(together(heads(1 << 20, 128), causal), 1);
+    assert_eq!(together(Shape::mha(1, 3, 1024, 64), causal), 3);
+}
+
 /// The constants of the two kernels that prepare K and V.
 fn twice(choice: &Choice) -> Prepare {
     match choice.prepare {
