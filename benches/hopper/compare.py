@@ -34,7 +34,7 @@ ROUNDS, GRAPHS_UP_TO = 7, 2048
 BUDGET_MS, BUDGET_BEYOND_MS = 60, 150  # of a round, up to GRAPHS_UP_TO tokens and beyond
 # Beyond these lengths no plan takes the running maximum, and `half` is far behind.
 RUNNING_UP_TO, HALF_UP_TO = 1024, 8192
-LENGTHS = {128: (512, 1024, 2048, 4096, 8192, 16384, 32768), 64: (1024, 2048, 4096, 16384, 32768), 256: (16384,)}
+LENGTHS = {128: (512, 1024, 2048, 4096, 8192, 16384, 32768), 64: (1024, 2048, 4096, 16384, 32768), 256: (4096, 16384)}
 FULL = [f"4x32x{n}x{d}" for d, lengths in LENGTHS.items() for n in lengths] + ["12x64x197x64", "4x24x1105x64"]
 CAUSAL = [f"4x32x{n}x128:causal" for n in (1024, 1536, 2048, 4096, 8192, 16384, 32768)] + [f"4x32x{n}x64:causal" for n in (1024, 4096, 16384, 32768)]
 CAUSAL += ["4x32x16384x256:causal"]

@@ -311,7 +311,7 @@ DEVICE void store_rows(const HalfParams& params, const Task& task, const float (
             store_32_columns(IN_T{}, o_row, x, column, params.head_dim, lane);
         }
         if constexpr (LSE) {
-            const float logarithm = sum > 0.f ? (rows.reference[h] * c + log2_approx(sum)) * LN_2 : -__int_as_float(0x7f800000);
+            const float logarithm = sum == 0.f ? -__int_as_float(0x7f800000) : (rows.reference[h] * c + log2_approx(sum)) * LN_2;
             if (real && lane % 4 == 0) params.lse[(static_cast<u64>(task.batch) * params.q_heads + task.head) * params.q_len + row] = logarithm;
         }
     }
@@ -401,6 +401,8 @@ DEVICE void consume(const HalfParams& params, Pipeline pipeline, int warpgroup) 
             wgmma_wait<0>();
             multiply_qk_alone(scores, q, pipeline.shared + q_at.stage() * Q_BYTES, warpgroup, pipeline.shared + K_AT + k_at.stage() * TILE_BYTES);
             scores_to_p(scores, sum, prepare_scores(true, unsafe));
+            // Every lane has read K.
+            __syncwarp();
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) rows.sum[row] += sum[row];
