@@ -163,11 +163,12 @@ DEVICE void store_output(const AttnParams& params, const Work& work, i32 first_r
             if constexpr (V_RESIDUALS) load_shared_floats(residual[column / 32 % 2][i], residuals + at);
         }
     };
-    load(0);
+    // Ahead of the stores that wait for these; stores of cut octets leave no registers for it.
+    constexpr int AHEAD = CUT_OCTET ? 0 : 32;
+    if (AHEAD > 0) load(0);
 #pragma unroll
     for (int column = 0; column < HEAD_DIM; column += 32) {
-        // Ahead of the stores, which wait for these.
-        if (column + 32 < HEAD_DIM) load(column + 32);
+        if (column + AHEAD < HEAD_DIM) load(column + AHEAD);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float x[OCTET];
@@ -392,6 +393,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
 #pragma unroll
             for (auto& part : scores) wgmma_result(part);
             if (!keeps) {
+                // Every lane has read its K scale.
+                __syncwarp();
                 ring.release(at, elect_one());
                 at.advance();
             }
@@ -410,6 +413,7 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
 #pragma unroll
                 for (auto& part : scores) wgmma_result(part);
             }
+            __syncwarp();
             ring.release(at, elect_one());
             at.advance();
         }
@@ -427,11 +431,8 @@ DEVICE void consume(const AttnParams& params, Pipeline pipeline, int warpgroup) 
         int tile = 0;
 #pragma unroll 1
         for (; tile < min(unmasked, own_tiles - 1); ++tile) attend_tile(Unmasked{}, Constant<false>{}, tile);
-        // Without a causal mask only the last tile has keys that are not there.
-        if constexpr (CAUSAL) {
 #pragma unroll 1
-            for (; tile < own_tiles - 1; ++tile) attend_tile(Masked{}, Constant<false>{}, tile);
-        }
+        for (; tile < own_tiles - 1; ++tile) attend_tile(Masked{}, Constant<false>{}, tile);
         if (tile < unmasked) {
             attend_tile(Unmasked{}, Constant<true>{}, tile++);
         } else if (tile < own_tiles) {
