@@ -21,8 +21,7 @@ struct Times {
 }
 
 /// H100, 4 x 32 heads, both families in one run (`docs/results/h100.md`): the slopes of times between 1K and
-/// 4K keys. At 256 attention at 16K, and in other runs preparation at 4K and `half`, by a kernel since then
-/// made faster: it is chosen a little too rarely there.
+/// 4K keys. At 256 attention at 16K, and preparation and `half` at 4K, in other runs.
 const TIMES: [Times; 3] = [
     Times {
         width: 64,
