@@ -189,7 +189,7 @@ pub(crate) fn choose(
 }
 
 /// Bytes of K and V that stay in an H100's L2 (50 MB, of which a multiprocessor is near one half) while
-/// blocks of rows read them in turn.
+/// blocks of rows read them in turn. 8 and 32 MiB were as fast, within noise.
 const L2_SHARE: u64 = 16 << 20;
 
 /// With a causal mask a head's blocks differ in length by as much as there are blocks. Multiprocessors draw

@@ -162,7 +162,7 @@ fn candidates(head_dim: usize) -> &'static [Candidate] {
 }
 
 #[test]
-#[ignore = "a measurement for tuning, of tiles that do not ship: takes a GPU with cooperative matrices for a minute; the conformance suite checks those that do"]
+#[ignore = "run by hand: prints how fast each candidate tile is, for a minute on a GPU with cooperative matrices that does nothing else"]
 fn sweep() {
     let gpu = Wgpu::best().unwrap();
     let facts = &gpu.context.facts;
